@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import yaml
 
 from ovr_megatron.errors import UserError
-from ovr_megatron.evaluation.behaviours import CheckpointRates, Emergence, TransferRate
+from ovr_megatron.evaluation.behaviours import CheckpointRates, Emergence, SplitAccuracy, TransferRate
 from ovr_megatron.evaluation.scoring import EvaluationResult, GreedyScores
 from ovr_megatron.runtime.folder_kinds import describe_folder
 from ovr_megatron.runtime.step_lines import read_metrics
@@ -171,6 +171,11 @@ class Experiment:
         """Return the transfer rate of a linguistic behaviour in a model's traces, None if it was not counted."""
         checkpoint = self.checkpoints.get(model)
         return checkpoint.get("transfer", {}).get(linguistic) if checkpoint else None
+
+    def behaviour_accuracy(self, model: str, behaviour: str) -> SplitAccuracy | None:
+        """Return the accuracy of a model's traces with and without ``behaviour``, None if it was not counted."""
+        checkpoint = self.checkpoints.get(model)
+        return checkpoint.get("accuracy", {}).get(behaviour) if checkpoint else None
 
     @property
     def shows_behaviours(self) -> bool:

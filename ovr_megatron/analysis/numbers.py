@@ -78,6 +78,10 @@ def _behaviour_rows(experiment: Experiment) -> Iterator[TableRow]:
             if emergence := rates["emergence"]:
                 row |= _flatten(emergence)
             row["per_trace"] = rates["per_trace"]
+            if split := experiment.behaviour_accuracy(model, name):
+                for part, accuracy in (("with", split["present"]), ("without", split["absent"])):
+                    for key, value in (accuracy or {}).items():
+                        row[f"{part}_{key}"] = value
             if transfer := checkpoint["transfer"].get(name):
                 for key, value in transfer.items():
                     row[f"transfer_{key}"] = value

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypedDict, cast
 from ovr_megatron.analysis.experiment import MODELS, Experiment
 from ovr_megatron.analysis.formats import NOTHING, percent
 from ovr_megatron.analysis.page import Cell, PageChart, PageTable
-from ovr_megatron.evaluation.behaviours import BEHAVIOURS, PAIRS, TransferRate
+from ovr_megatron.evaluation.behaviours import BEHAVIOURS, PAIRS, TraceAccuracy, TransferRate
 from ovr_megatron.evaluation.benchmarks import BENCHMARKS, paper_score
 from ovr_megatron.evaluation.scoring import Accuracy, SourceScores
 
@@ -35,6 +35,7 @@ class BehaviourSection(TypedDict):
     note: str
     chart: PageChart | None
     transfer: PageTable | None
+    accuracy: PageTable | None
 
 
 class ShownScore(Accuracy, total=False):
@@ -149,9 +150,15 @@ def show_behaviours(experiment: Experiment, chart: PageChart | None) -> Behaviou
     traces = _judged_traces(behaviours)
     if not experiment.shows_behaviours:
         note = f"Nothing was counted: none of the {traces.removesuffix('.')} shows a behaviour."
-        return {"note": note, "chart": None, "transfer": None}
+        return {"note": note, "chart": None, "transfer": None, "accuracy": None}
     head = ["Transfer rate", *MODELS.values(), "Paper: base, cold start, RL"]
-    return {"note": traces, "chart": chart, "transfer": make_table(head, _transfer_rows(experiment))}
+    accuracy_rows = list(_behaviour_accuracy_rows(experiment))
+    return {
+        "note": traces,
+        "chart": chart,
+        "transfer": make_table(head, _transfer_rows(experiment)),
+        "accuracy": make_table(["Accuracy of traces", *MODELS.values()], accuracy_rows) if accuracy_rows else None,
+    }
 
 
 def _judged_traces(behaviours: BehaviourResult) -> str:
@@ -173,6 +180,24 @@ def _transfer_rows(experiment: Experiment) -> Iterator[list[Cell]]:
         visual_title = BEHAVIOURS[visual].title.lower()
         paper = PAPER_TRANSFER.get(linguistic, NOTHING)
         yield [f"{linguistic_title} to {visual_title}", *map(_transfer_cell, rates), paper]
+
+
+def _behaviour_accuracy_rows(experiment: Experiment) -> Iterator[list[Cell]]:
+    """Yield two rows for each behaviour that a graded trace shows: the traces with it and those without."""
+    for name, behaviour in BEHAVIOURS.items():
+        splits = [experiment.behaviour_accuracy(model, name) for model in MODELS]
+        if any(split and split["present"] for split in splits):
+            with_behaviour = [_accuracy_cell(split["present"] if split else None) for split in splits]
+            without_behaviour = [_accuracy_cell(split["absent"] if split else None) for split in splits]
+            yield [f"{behaviour.title}: with", *with_behaviour]
+            yield [f"{behaviour.title}: without", *without_behaviour]
+
+
+def _accuracy_cell(accuracy: TraceAccuracy | None) -> Cell:
+    if not accuracy:
+        return NOTHING
+    interval = f"{100 * accuracy['low']:.1f} to {100 * accuracy['high']:.1f}, n = {accuracy['traces']}"
+    return [percent(accuracy["accuracy"]), {"small": interval}]
 
 
 def _transfer_cell(rate: TransferRate | None) -> Cell:

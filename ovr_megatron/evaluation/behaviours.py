@@ -10,12 +10,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 
 from ovr_megatron.config import ConfigError
 from ovr_megatron.evaluation.statistics import Share, wilson
+from ovr_megatron.rewards.verdict import FAILED
 from ovr_megatron.runtime.json_lines import json_lines
 
 VERSION = 1  # of the question: a changed question must not reuse answers
@@ -37,11 +38,19 @@ class Behaviour:
 
 @dataclass(frozen=True)
 class Trace:
-    """The text of a problem and a model's reasoning about it; ``id`` is the problem's."""
+    """The text of a problem and a model's reasoning about it.
+
+    Attributes:
+        id: Id of the problem.
+        problem: Text of the prompt.
+        reasoning: Text of the response.
+        is_correct: Whether its answer is right; None where no grader came to a verdict.
+    """
 
     id: str
     problem: str
     reasoning: str
+    is_correct: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +79,25 @@ class BehaviourRates(TypedDict):
     malformed: int
 
 
+class TraceAccuracy(TypedDict):
+    """Share of right answers among some traces, with its 95 % interval, and the number of these traces."""
+
+    accuracy: float
+    low: float
+    high: float
+    traces: int
+
+
+class SplitAccuracy(TypedDict):
+    """Accuracy of the traces with a behaviour and of those without; None where there are none with a verdict.
+
+    The two compare different problems: a trace goes back where its first attempt failed, which is where it is hard.
+    """
+
+    present: TraceAccuracy | None
+    absent: TraceAccuracy | None
+
+
 class TransferRate(TypedDict):
     """The fields of `Rate` as JSON."""
 
@@ -79,10 +107,11 @@ class TransferRate(TypedDict):
 
 
 class CheckpointRates(TypedDict):
-    """Rates by behaviour, and transfer rates by linguistic behaviour."""
+    """Rates and accuracies by behaviour, and transfer rates by linguistic behaviour."""
 
     traces: int
     behaviours: dict[str, BehaviourRates]
+    accuracy: dict[str, SplitAccuracy]
     transfer: dict[str, TransferRate]
 
 
@@ -193,7 +222,8 @@ def read_traces(path: Path, limit: int = 0) -> list[Trace]:
             if is_evaluation and fields.get("sample") is not None:
                 continue
             problem = fields["question"] if is_evaluation else fields["prompt"]
-            traces.append(Trace(str(fields.get("id", line.number)), problem, fields["response"]))
+            identifier = str(fields.get("id", line.number))
+            traces.append(Trace(identifier, problem, fields["response"], _read_verdict(fields)))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error}); give a file of responses") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -201,6 +231,16 @@ def read_traces(path: Path, limit: int = 0) -> list[Trace]:
             f"{path}:{line.number}: is no response ({error!r}); give NAME.responses.jsonl of ovr evaluate, or rollouts"
         ) from None
     return traces
+
+
+def _read_verdict(fields: Mapping[str, Any]) -> bool | None:
+    """Return whether a response is right, None without a verdict; a rollout is right from a reward of 1 on."""
+    if fields.get("failed") or fields.get("reason") in FAILED:
+        return None
+    if "correct" in fields:
+        return bool(fields["correct"])
+    reward = fields.get("reward")
+    return None if reward is None else reward >= 1
 
 
 def emergence(counts: Sequence[int]) -> Share | None:
@@ -252,9 +292,35 @@ def _occurrence_pairs(first: Sequence[int | None], second: Sequence[int | None])
     return [(a > 0, b > 0) for a, b in zip(first, second, strict=True) if a is not None and b is not None]
 
 
-def summarise(counts: Mapping[str, Sequence[int | None]]) -> CheckpointRates:
-    """Return the rates of a checkpoint from the counts of every behaviour, None where the judge gave no count."""
+def split_accuracy(counts: Sequence[int | None], verdicts: Sequence[bool | None]) -> SplitAccuracy:
+    """Return the accuracy of the traces in which a behaviour occurs, and of those in which it does not.
+
+    Traces without a count or without a verdict are left out.
+    """
+    present: list[bool] = []
+    absent: list[bool] = []
+    for count, is_correct in zip(counts, verdicts, strict=True):
+        if count is not None and is_correct is not None:
+            (present if count else absent).append(is_correct)
+    return {"present": _accuracy_json(present), "absent": _accuracy_json(absent)}
+
+
+def _accuracy_json(verdicts: Sequence[bool]) -> TraceAccuracy | None:
+    if not verdicts:
+        return None
+    share = wilson(sum(verdicts), len(verdicts))
+    return {"accuracy": share.value, "low": share.low, "high": share.high, "traces": share.total}
+
+
+def summarise(counts: Mapping[str, Sequence[int | None]], verdicts: Sequence[bool | None]) -> CheckpointRates:
+    """Return the rates of a checkpoint.
+
+    Args:
+        counts: Counts of every behaviour, one for each trace; None where the judge gave no count.
+        verdicts: Whether each trace is right; None where no grader came to a verdict.
+    """
     behaviours: dict[str, BehaviourRates] = {}
+    accuracy: dict[str, SplitAccuracy] = {}
     for name, judged_counts in counts.items():
         valid_counts = [count for count in judged_counts if count is not None]
         per_trace = sum(valid_counts) / len(valid_counts) if valid_counts else None
@@ -263,13 +329,14 @@ def summarise(counts: Mapping[str, Sequence[int | None]]) -> CheckpointRates:
             "per_trace": per_trace,
             "malformed": len(judged_counts) - len(valid_counts),
         }
+        accuracy[name] = split_accuracy(judged_counts, verdicts)
     transfers: dict[str, TransferRate] = {}
     for linguistic, visual in PAIRS:
         if linguistic in counts and visual in counts:
             rate = transfer(counts[visual], counts[linguistic])
             transfers[linguistic] = {"value": rate.value, "low": rate.low, "high": rate.high}
     traces = max(map(len, counts.values()), default=0)
-    return {"traces": traces, "behaviours": behaviours, "transfer": transfers}
+    return {"traces": traces, "behaviours": behaviours, "accuracy": accuracy, "transfer": transfers}
 
 
 def _emergence_json(share: Share | None) -> Emergence | None:

@@ -14,6 +14,7 @@ from ovr_megatron.evaluation.behaviours import (
     PAIRS,
     CheckpointRates,
     Trace,
+    TraceAccuracy,
     kappa,
     read_traces,
     summarise,
@@ -118,7 +119,8 @@ def judge_behaviours(
     for name, checkpoint_traces in checkpoints.items():
         end = start + len(checkpoint_traces)
         checkpoint_counts = _select(counts.by_behaviour, range(start, end))
-        result["checkpoints"][name] = {**summarise(checkpoint_counts), "file": files[name].name}
+        verdicts = [trace.is_correct for trace in checkpoint_traces]
+        result["checkpoints"][name] = {**summarise(checkpoint_counts, verdicts), "file": files[name].name}
         start = end
 
     # A fixed seed: the next run has the same sample, whose answers and annotations are on disk.
@@ -259,6 +261,7 @@ def format_table(result: BehaviourResult) -> str:
     for name, behaviour in BEHAVIOURS.items():
         cells = [_emergence_cell(summary, name) for summary in checkpoints.values()]
         lines.append(_table_line(behaviour.title, cells))
+    lines += _accuracy_lines(checkpoints)
     lines.append("transfer (visual / linguistic)")
     for linguistic, _ in PAIRS:
         cells = [_transfer_cell(summary, linguistic) for summary in checkpoints.values()]
@@ -273,8 +276,21 @@ def format_table(result: BehaviourResult) -> str:
     return "\n".join(lines)
 
 
+def _accuracy_lines(checkpoints: Mapping[str, CheckpointRates]) -> list[str]:
+    """Return the accuracy of the traces with and without each behaviour that occurs; none if no trace is graded."""
+    lines = []
+    for name, behaviour in BEHAVIOURS.items():
+        splits = [rates["accuracy"][name] for rates in checkpoints.values()]
+        if any(split["present"] for split in splits):
+            with_behaviour = [_accuracy_cell(split["present"]) for split in splits]
+            without_behaviour = [_accuracy_cell(split["absent"]) for split in splits]
+            lines.append(_table_line(f"{behaviour.title}: with", with_behaviour))
+            lines.append(_table_line(f"{behaviour.title}: without", without_behaviour))
+    return ["accuracy", *lines] if lines else []
+
+
 def _table_line(title: str, cells: Iterable[str]) -> str:
-    return f"{title:30}" + "".join(f"{cell:>22}" for cell in cells)
+    return f"{title:36}" + "".join(f"{cell:>22}" for cell in cells)
 
 
 def _agreement_line(judge: str, agreement: Agreement) -> str:
@@ -288,6 +304,12 @@ def _emergence_cell(rates: CheckpointRates, behaviour: str) -> str:
     if emergence is None:
         return "-"
     return _percent(emergence["rate"], emergence["low"], emergence["high"])
+
+
+def _accuracy_cell(accuracy: TraceAccuracy | None) -> str:
+    if accuracy is None:
+        return "-"
+    return _percent(accuracy["accuracy"], accuracy["low"], accuracy["high"])
 
 
 def _transfer_cell(rates: CheckpointRates, behaviour: str) -> str:

@@ -206,6 +206,8 @@ def test_behaviours_are_drawn_and_stand_beside_the_papers_rates(experiment_dir, 
     for name, share in (("base", 1), ("cold_start", 3), ("rl", 5)):
         texts = ["So it is 4."] * (6 - share) + ["Wait, that is wrong. Let me look at the image again. Now 5."] * share
         rows = [{"id": str(i), "sample": None, "question": "Q?", "response": text} for i, text in enumerate(texts)]
+        for row in rows:
+            row |= {"correct": row["response"].endswith("5."), "reason": "same text"}
         files[name] = tmp_path / f"{name}.responses.jsonl"
         files[name].write_text("".join(json.dumps(row) + "\n" for row in rows))
     judge_behaviours(files, [JudgeConfig()], experiment_dir / "behaviours", 0, 0, False)
@@ -213,6 +215,9 @@ def test_behaviours_are_drawn_and_stand_beside_the_papers_rates(experiment_dir, 
     assert "Cognitive behaviours" in page.text and "2.5, 8.2, 17.3 %" in page.text
     assert "6 traces of each model, judged by wording, an approximation." in page.text
     assert "Backtracking to visual reflection" in page.text
+    cells = page.text.split("Backtracking: with")[1].split("\n")
+    assert "100.0 %" in cells and "0.0 %" in page.text.split("Backtracking: without")[1].split("\n")
+    assert "Verification: with" not in page.text, "no trace has it"
     assert any("shows" in value or "show each behaviour" in value for _, key, value in page.attributes if key == "alt")
     assert (experiment_dir / "behaviours/counts.jsonl").read_text().count("\n") == 18
 

@@ -23,6 +23,7 @@ from ovr_megatron.evaluation.behaviours import (
     kappa,
     read_count,
     read_traces,
+    split_accuracy,
     summarise,
     transfer,
 )
@@ -66,10 +67,33 @@ def test_rates_by_hand() -> None:
     one, other = [1] * 25 + [0] * 25, [1] * 20 + [0] * 5 + [2] * 10 + [0] * 15
     assert kappa(one, other) == pytest.approx(0.4)
     assert kappa([1, 1], [1, 1]) is None and kappa([None], [1]) is None
-    told = summarise({name: [1, None, 0] for name in BEHAVIOURS})
+    told = summarise({name: [1, None, 0] for name in BEHAVIOURS}, [True, True, False])
     assert told["behaviours"]["backtracking"]["malformed"] == 1
     assert told["behaviours"]["backtracking"]["emergence"]["rate"] == 0.5
     assert told["transfer"]["verification"]["value"] == 1.0
+    assert told["accuracy"]["verification"]["present"]["accuracy"] == 1.0
+    assert told["accuracy"]["verification"]["absent"]["traces"] == 1
+
+
+def test_accuracy_of_traces_with_and_without_a_behaviour_by_hand() -> None:
+    # With the behaviour 2 of 3 are right, without it 1 of 2; one has no verdict and one no count.
+    split = split_accuracy([1, 2, 1, 0, 0, 0, None], [True, True, False, True, False, None, True])
+    present, absent = split["present"], split["absent"]
+    assert present and absent
+    assert (present["accuracy"], present["traces"]) == (pytest.approx(2 / 3), 3)
+    assert (absent["accuracy"], absent["traces"]) == (0.5, 2)
+    assert (present["low"], present["high"]) == (pytest.approx(0.2077, abs=1e-4), pytest.approx(0.9385, abs=1e-4))
+    assert split_accuracy([0], [True])["present"] is None and split_accuracy([1], [None])["present"] is None
+
+
+def test_verdicts_are_read_of_evaluations_and_of_rollouts(tmp_path: Path) -> None:
+    evaluated: list[dict[str, Any]] = [{"correct": True, "reason": "same text"}, {"correct": False, "reason": "no box"}]
+    evaluated += [{"correct": False, "reason": "timeout"}, {}]
+    rollouts: list[dict[str, Any]] = [{"reward": 1.0}, {"reward": 0.0}, {"reward": 0.0, "failed": True}, {}]
+    for field, lines in (("question", evaluated), ("prompt", rollouts)):
+        path = tmp_path / f"{field}.jsonl"
+        path.write_text("".join(json.dumps({field: "Q?", "response": "R"} | line) + "\n" for line in lines))
+        assert [trace.is_correct for trace in read_traces(path)] == [True, False, None, None]
 
 
 def test_the_interval_of_a_transfer_rate_covers_it() -> None:
@@ -115,7 +139,13 @@ def planted(kind: str, text: str) -> dict[str, int]:
     over again.  Sums are sometimes gone over, too, and sometimes come out wrong first.
     """
     labels: dict[str, int] = {}
-    if kind in ("ordering", "countdown"):
+    if kind == "checksum":
+        readings = len(re.findall(r"I \w+(?: again)?: \d\+", text))
+        sums = len(re.findall(r": sum \d", text))
+        labels = {"verification": sums, "backtracking": readings - 1}
+        if "I look: " in text:
+            labels |= {"visual_verification": sums, "visual_reflection": readings - 1}
+    elif kind in ("ordering", "countdown"):
         candidates = len(re.findall(r"Try ", text))
         labels = {"backward_chaining": 1, "subgoal_setting": 2, "backtracking": candidates - 1, "verification": 1}
     else:
@@ -127,7 +157,7 @@ def planted(kind: str, text: str) -> dict[str, int]:
 
 def test_wording_counts_what_is_planted_in_cold_start_texts() -> None:
     pairs = []
-    for kind in ("digits?form=text", "shapes", "ordering", "countdown"):
+    for kind in ("digits?form=text", "shapes", "ordering", "countdown", "checksum", "checksum?form=text"):
         rows = open_source(SourceConfig(path=f"puzzle:{kind}"))
         for number in range(150):
             text = (rows[number].response or "").partition("</think>")[0]
