@@ -1,7 +1,7 @@
 """Generate rows of digits with their sum, of which one digit can be read in two ways.
 
-The digit is a blend of two, the likelier one drawn over the fainter one; as a text it is ``3/4``.  The row alone does not
-say which one is right.  The sum does: a reader who compares notices a wrong first reading and reads again.
+The digit is a blend of two, the likelier one drawn stronger; as a text it is ``3/4``.  The row alone does not say which
+one is right.  The sum does: a reader who compares notices a wrong first reading and reads again.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Sequence
 from random import Random
 
-from PIL import Image, ImageChops, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont
 
 from ovr_megatron.data.puzzle_kind import Kind, Number, Params, Puzzle, box
 from ovr_megatron.data.schema import ImagePart, Part, TextPart
@@ -24,18 +24,17 @@ COLOURS = {
 }
 BOX_SLIP = 0.3  # share of the box task that corrects itself
 SHAPES = ("circle", "square", "triangle")
-FAINT = 0.5  # opacity of the second of two blended digits
+STRONG = 0.65  # weight of the first of two blended figures; the second has the rest
 
 Cells = tuple[tuple[str, str], ...]  # (colour, figure) of each cell, row by row
 
 
 @functools.cache
 def _stamp(figure: str) -> Image.Image:
-    """Draw the figure as a mask of one cell; ``3/4`` is a 3 over a fainter 4."""
+    """Draw the figure as a mask of one cell; ``3/4`` is a blend of a 3 and a fainter 4."""
     if "/" in figure:
         strong, faint = figure.split("/")
-        faint_mask = _stamp(faint).point([round(FAINT * value) for value in range(256)])
-        return ImageChops.lighter(_stamp(strong), faint_mask)
+        return Image.blend(_stamp(faint), _stamp(strong), STRONG)
     mask = Image.new("L", (CELL, CELL))
     draw = ImageDraw.Draw(mask)
     if figure == "circle":

@@ -24,7 +24,8 @@ from ovr_megatron.data.schema import ENDLESS, ImagePart, Row
 
 TASKS = ("sum", "caption", "pick", "both", "arith", "box")
 SOURCES = [f"digits?task={task}" for task in TASKS] + ["shapes", "shapes?rows=3", "ordering", "countdown"]
-FORMS = [f"{kind}{'&' if '?' in kind else '?'}form={form}" for kind in SOURCES[:8] for form in ("text", "image")]
+CHECKSUMS = [f"checksum?task={task}" for task in ("number", "caption", "again", "total", "arith", "box")]
+FORMS = [f"{kind}{'&' if '?' in kind else '?'}form={form}" for kind in SOURCES[:8] + CHECKSUMS for form in ("text", "image")]
 EVERY = FORMS + SOURCES[8:]
 
 
@@ -352,7 +353,7 @@ def test_the_held_out_set_ends() -> None:
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("puzzle:chess", "choose one of digits, shapes, ordering, countdown"),
+        ("puzzle:chess", "choose one of digits, shapes, checksum, ordering, countdown"),
         ("puzzle:digits?colour=3", "'colour' is unknown; digits takes seed, split"),
         ("puzzle:digits?form=sound", "form='sound' is unknown; choose one of image, text"),
         ("puzzle:digits?rows=two", "rows='two' is not a number"),

@@ -1,0 +1,137 @@
+"""Rows with a blended digit and their sum: solved again from what they show."""
+
+import itertools
+import re
+from random import Random
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ovr_megatron.data.puzzle_grids import CELL, render
+from ovr_megatron.data.puzzles import open_puzzle
+from ovr_megatron.data.schema import ImagePart, Row
+
+GREY = 118
+
+
+def rows(query: str, count: int) -> list[Row]:
+    source = open_puzzle(f"puzzle:checksum?{query}")
+    return [source[index] for index in range(count)]
+
+
+def readings(row: Row) -> tuple[list[tuple[int, ...]], int]:
+    """Every reading of the row of a textual puzzle, the likeliest first, and the sum that it shows."""
+    line = row.messages[0].text.splitlines()[0]
+    words, total = line.split(" = ")
+    digits = [[int(digit) for digit in word.split("/")] for word in words.split()]
+    return list(itertools.product(*digits)), int(total)
+
+
+def join(digits: tuple[int, ...]) -> str:
+    return "+".join(map(str, digits))
+
+
+@pytest.mark.parametrize("parameters", ["", "&cols=5", "&cols=2&high=3", "&trace=direct"])
+def test_the_sum_fits_one_of_the_two_readings(parameters: str) -> None:
+    for row in rows(f"form=text{parameters}", 300):
+        both, total = readings(row)
+        (right,) = [reading for reading in both if sum(reading) == total]
+        assert len(both) == 2
+        assert row.answer == "".join(map(str, right))
+        assert row.response is not None and row.response.endswith(f"So</think>\\boxed{{{row.answer}}}")
+
+
+def test_a_trace_reads_adds_compares_and_reads_again_where_the_sums_differ() -> None:
+    for row in rows("form=text", 400):
+        (first, second), total = readings(row)
+        steps = f"I read: {join(first)}={sum(first)}. I check. I read: sum {total}. "
+        if sum(first) == total:
+            steps += "Match. "
+        else:
+            steps += f"No match. Wait, I read again: {join(second)}={total}. Match. "
+        assert row.response == f"{steps}So</think>\\boxed{{{row.answer}}}"
+
+
+def test_a_direct_trace_has_the_same_answers_and_no_check() -> None:
+    direct = rows("form=text&trace=direct&split=heldout", 300)
+    for row in direct:
+        both, total = readings(row)
+        (right,) = [reading for reading in both if sum(reading) == total]
+        assert row.response == f"I read: {join(right)}={total}. So</think>\\boxed{{{row.answer}}}"
+
+
+@pytest.mark.parametrize("misread", [0.0, 0.3, 1.0])
+def test_the_likelier_reading_is_wrong_as_often_as_it_should_be(misread: float) -> None:
+    wrong = []
+    for row in rows(f"form=text&misread={misread}", 2000):
+        (first, _), total = readings(row)
+        wrong.append(sum(first) != total)
+    assert abs(np.mean(wrong) - misread) < 0.035
+    held_out = []
+    for row in rows(f"form=text&misread={misread}&split=heldout", 1000):
+        (first, _), total = readings(row)
+        held_out.append(sum(first) != total)
+    assert abs(np.mean(held_out) - misread) < 0.05, "distinct problems are not more often misread"
+
+
+def test_teaching_tasks_say_single_steps() -> None:
+    for row in rows("form=text&task=caption", 100):
+        assert row.response == f"I read: {join(readings(row)[0][0])}."
+    for row in rows("form=text&task=again", 100):
+        (first, second), _ = readings(row)
+        assert row.messages[0].text.endswith(f"\nNot {join(first)}.")
+        assert row.response == f"I read again: {join(second)}."
+    for row in rows("form=text&task=total", 100):
+        assert row.response == f"I read: sum {readings(row)[1]}."
+    for row in rows("task=arith", 100):
+        terms = row.messages[0].text.removeprefix("Add ").removesuffix(".")
+        assert row.response == f"{terms}={sum(map(int, terms.split('+')))}."
+    for row in rows("task=box", 100):
+        assert row.messages[0].text == f"Box {row.answer}."
+        assert row.response == f"So</think>\\boxed{{{row.answer}}}"
+
+
+@pytest.mark.parametrize("task", ["number", "caption", "again", "total"])
+def test_picture_and_text_are_twins_that_differ_in_the_verb(task: str) -> None:
+    shown = rows(f"task={task}&split=heldout", 200)
+    written = rows(f"form=text&task={task}&split=heldout", 200)
+    for image, text in zip(shown, written, strict=True):
+        assert image.answer is not None and text.answer is not None and text.response is not None
+        assert image.answer == text.answer.replace("read", "look")
+        assert image.response == re.sub(r"\bread\b", "look", text.response)
+        assert image.messages[0].text == "\n" + text.messages[0].text.splitlines()[1]
+
+
+def picture(row: Row) -> Image.Image:
+    part = row.messages[0].parts[0]
+    assert isinstance(part, ImagePart) and part.image is not None
+    return part.image
+
+
+def test_a_picture_has_white_digits_and_a_green_sum() -> None:
+    for image, text in zip(rows("", 100), rows("form=text", 100), strict=True):
+        pixels = np.asarray(picture(image), dtype=int)
+        words = text.messages[0].text.splitlines()[0].split(" = ")
+        figures = words[0].split() + list(words[1].rjust(2))
+        assert pixels.shape == (CELL, len(figures) * CELL, 3)
+        for index, figure in enumerate(figures):
+            # Jitter is 2 pixels at most, and figures have no ink within 2 pixels of their cell's edges.
+            cell = pixels[:, index * CELL : (index + 1) * CELL].reshape(-1, 3)
+            contrast = np.abs(cell - GREY).max(1)
+            if figure == " ":
+                assert contrast.max() == 0
+                continue
+            brightest = cell[contrast > 0.9 * contrast.max()].mean(0)
+            assert (brightest[1] > brightest[0] + 80) == (index >= len(figures) - 2)
+
+
+def test_no_two_figures_look_alike() -> None:
+    """Blends of every two digits in either order, and single digits: by the ink that differs, in full pixels."""
+    pairs = ["/".join(pair) for pair in itertools.permutations("123456789", 2)]
+    stamps = {}
+    for figure in [*pairs, *"123456789"]:
+        drawn = render((("white", figure),), 1, Random(1))
+        stamps[figure] = np.abs(np.asarray(drawn, dtype=float) - GREY).mean(2) / (255 - GREY)
+    for first, second in itertools.combinations(stamps, 2):
+        assert np.abs(stamps[first] - stamps[second]).sum() > 4, (first, second)
