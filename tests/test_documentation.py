@@ -28,7 +28,7 @@ MARKED = re.compile(r"\bneeds (a GPU|a cluster|a network|a run|the wheels)\b")
 # Commands of other projects: nothing of ours reads their arguments.
 FOREIGN = ("pip", "python3.12", "uv", "vllm", "run.py", "source", "export", "pytest", "nvidia-smi")
 FOREIGN += ("build", "tests/run.sh", "tests/gpu/run.sh", "tests/soak/versions.sh", "examples/install.sh")
-FOREIGN += ("examples/quickstart.sh",)
+FOREIGN += ("examples/quickstart.sh", "examples/behaviours.sh")
 PROGRAMS = ("my_sft.py", "my_rl.py")  # shown by docs/api.md and run by tests/test_api.py
 PLACEHOLDER = re.compile(r"(^|[\s=])\.\.\.($|\s)|\[--|\bDIR\b|<\w+>")
 
