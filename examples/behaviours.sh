@@ -74,5 +74,12 @@ for seed in $seeds; do
     "$python" tools/behaviours.py "${on_texts[@]}" --out "$run/behaviours_text"
     title "behaviours on images"
     "$python" tools/behaviours.py "${on_images[@]}" --out "$run/behaviours"
+    title "behaviours in the samples of the first and the last iteration of PPO"
+    last="$(printf '%06d' $((iterations - 1)))"
+    "$python" tools/behaviours.py first="$run/rl/rollouts/000000.jsonl" last="$run/rl/rollouts/$last.jsonl" \
+        direct_first="$run/direct_rl/rollouts/000000.jsonl" direct_last="$run/direct_rl/rollouts/$last.jsonl" \
+        --out "$run/behaviours_rollouts"
     "$python" tools/report.py "$run"
 done
+printf '\n== all seeds: greedy responses to images, in %%, with 95 %% intervals\n'
+"$python" examples/behaviours_table.py "$out"
