@@ -1,7 +1,8 @@
 """Generate rows of digits with their sum, of which one digit can be read in two ways.
 
-The digit is a blend of two, the likelier one drawn stronger; as a text it is ``3/4``.  The row alone does not say which
-one is right.  The sum does: a reader who compares notices a wrong first reading and reads again.
+The digit is a misprint: its yellow and its blue plate show different digits, where those of the others agree (white).
+As a text it is ``3/4``.  The yellow one is more often right, and the row alone does not say when.  The sum does: a
+reader who compares notices a wrong first reading and reads again.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ SUM_CELLS = 2  # tens and units
 VERBS = {"image": "look", "text": "read"}
 
 Digits = tuple[int, ...]
-Blended = tuple[Digits, int, int]  # (likelier reading of the row, index of the blended digit, its other reading)
+Misprint = tuple[Digits, int, int]  # (likelier reading of the row, index of the misprinted digit, its other reading)
 
 
-def draw_checksum(rng: Random, params: Params) -> Blended:
+def draw_checksum(rng: Random, params: Params) -> Misprint:
     """Draw a row of digits 1 to ``high`` and a second reading of one of them."""
     high = params["high"]
     digits = tuple(rng.randint(1, high) for _ in range(params["cols"]))
@@ -31,8 +32,8 @@ def draw_checksum(rng: Random, params: Params) -> Blended:
     return digits, index, rng.choice(others)
 
 
-def pose_checksum(problem: Blended, rng: Random, params: Params) -> Puzzle:
-    """Pose a task on a row with a blended digit.
+def pose_checksum(problem: Misprint, rng: Random, params: Params) -> Puzzle:
+    """Pose a task on a row with a misprinted digit.
 
     ``number`` is the puzzle: name the digits that have the sum.  The other tasks teach its steps separately.
     """

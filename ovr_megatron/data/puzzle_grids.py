@@ -24,17 +24,13 @@ COLOURS = {
 }
 BOX_SLIP = 0.3  # share of the box task that corrects itself
 SHAPES = ("circle", "square", "triangle")
-STRONG = 0.65  # weight of the first of two blended figures; the second has the rest
 
 Cells = tuple[tuple[str, str], ...]  # (colour, figure) of each cell, row by row
 
 
 @functools.cache
 def _stamp(figure: str) -> Image.Image:
-    """Draw the figure as a mask of one cell; ``3/4`` is a blend of a 3 and a fainter 4."""
-    if "/" in figure:
-        strong, faint = figure.split("/")
-        return Image.blend(_stamp(faint), _stamp(strong), STRONG)
+    """Draw the figure as a mask of one cell."""
     mask = Image.new("L", (CELL, CELL))
     draw = ImageDraw.Draw(mask)
     if figure == "circle":
@@ -51,7 +47,10 @@ def _stamp(figure: str) -> Image.Image:
 
 
 def render(cells: Cells, columns: int, rng: Random) -> Image.Image:
-    """Paint ``cells`` on grey, 28 x 28 pixels each, with jitter of position and colour."""
+    """Paint ``cells`` on grey, 28 x 28 pixels each, with jitter of position and colour.
+
+    A figure ``3/4`` is a misprint: the red and the green channel show a 3, the blue channel shows a 4.
+    """
     rows = len(cells) // columns
     size = (columns * CELL, rows * CELL)
     image = Image.new("RGB", size, GREY)
@@ -65,9 +64,22 @@ def render(cells: Cells, columns: int, rng: Random) -> Image.Image:
             shift = rng.randint(-SHADE, SHADE)
             shade.append(_clamp(value + shift))
         # The figure is a mask: the grey stays around it.
-        mask = _stamp(figure)
-        image.paste(tuple(shade), (x, y), mask)
+        figures = figure.split("/")
+        if len(figures) == 1:
+            image.paste(tuple(shade), (x, y), _stamp(figure))
+        else:
+            _paste_misprint(image, (x, y), shade, figures)
     return image
+
+
+def _paste_misprint(image: Image.Image, corner: tuple[int, int], shade: Sequence[int], figures: Sequence[str]) -> None:
+    """Paint the first of two figures in the red and the green channel, and the second in the blue one."""
+    x, y = corner
+    first, second = map(_stamp, figures)
+    channels = image.crop((x, y, x + CELL, y + CELL)).split()
+    for channel, value, mask in zip(channels, shade, (first, first, second), strict=True):
+        channel.paste(value, (0, 0), mask)
+    image.paste(Image.merge("RGB", channels), corner)
 
 
 def _clamp(value: int) -> int:
