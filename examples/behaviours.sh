@@ -5,15 +5,16 @@
 #
 # For each seed: a base model, a cold start in text whose traces check a reading and read again, PPO on images alone
 # with a reward of 0 or 1, and the ablation: cold start and PPO without such traces. What is in RUN_DIR already is not
-# done again. Variables, with defaults: SEEDS="1 2 3", STEPS=600 of the base model, ITERATIONS=40 of PPO, PROBLEMS=500
-# evaluated, and PROCESSES, 2 where there are two CPU cores.
+# done again. Variables, with defaults: SEEDS="1 2 3", STEPS=600 of the base model, COLD_STEPS=130 of the cold start,
+# ITERATIONS=40 of PPO, PROBLEMS=500 evaluated, and PROCESSES, 2 where there are two CPU cores.
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 out="$(realpath -m "${1:-runs/behaviours}")"
 bash "$root/examples/install.sh"
 cd "$root"
-seeds="${SEEDS:-1 2 3}" steps="${STEPS:-600}" iterations="${ITERATIONS:-40}" problems="${PROBLEMS:-500}"
+seeds="${SEEDS:-1 2 3}" steps="${STEPS:-600}" cold_steps="${COLD_STEPS:-130}" iterations="${ITERATIONS:-40}"
+problems="${PROBLEMS:-500}"
 processes="${PROCESSES:-$(($(nproc) > 1 ? 2 : 1))}"
 python=.venv/bin/python
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore PYTHONPATH="$PWD"
@@ -44,7 +45,7 @@ words() {
 arm() {
     local traces="$2"
     title "linguistic cold start, trace=$traces: text alone, vision frozen"
-    stage "$1cold_start" tiny_checksum_cold_start 130 coldstart model.path="$(newest base)" \
+    stage "$1cold_start" tiny_checksum_cold_start "$cold_steps" coldstart model.path="$(newest base)" steps="$cold_steps" \
         "data.sources=[{path: 'puzzle:checksum?form=text&trace=$traces', weight: 1}]"
     title "PPO on images alone, from the cold start with trace=$traces"
     stage "$1rl" tiny_checksum_rl "$iterations" rl model.path="$(newest "$1cold_start")" iterations="$iterations"
