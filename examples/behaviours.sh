@@ -5,7 +5,7 @@
 #
 # For each seed: a base model, a cold start in text whose traces check a reading and read again, PPO on images alone
 # with a reward of 0 or 1, and the ablation: cold start and PPO without such traces. What is in RUN_DIR already is not
-# done again. Variables, with defaults: SEEDS="1 2 3", STEPS=600 of the base model, COLD_STEPS=130 of the cold start,
+# done again. Variables, with defaults: SEEDS="1 2 3", STEPS=1000 of the base model, COLD_STEPS=130 of the cold start,
 # ITERATIONS=40 of PPO, PROBLEMS=500 evaluated, and PROCESSES, 2 where there are two CPU cores.
 set -euo pipefail
 
@@ -13,7 +13,7 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 out="$(realpath -m "${1:-runs/behaviours}")"
 bash "$root/examples/install.sh"
 cd "$root"
-seeds="${SEEDS:-1 2 3}" steps="${STEPS:-600}" cold_steps="${COLD_STEPS:-130}" iterations="${ITERATIONS:-40}"
+seeds="${SEEDS:-1 2 3}" steps="${STEPS:-1000}" cold_steps="${COLD_STEPS:-130}" iterations="${ITERATIONS:-40}"
 problems="${PROBLEMS:-500}"
 processes="${PROCESSES:-$(($(nproc) > 1 ? 2 : 1))}"
 python=.venv/bin/python
