@@ -58,9 +58,9 @@ class PuzzleSource:
             if key in params:
                 label.append(params[key])
         self._label = name or "/".join(label)
-        # The form, the response and the size of the held-out set do not change which problems are drawn.
+        # The form, the response, its trace and the size of the held-out set do not change which problems are drawn.
         seeding = dict(params)
-        for key in ("form", "answered", "count"):
+        for key in ("form", "answered", "trace", "count"):
             seeding.pop(key, None)
         self._seed = f"{kind}{sorted(seeding.items())}"
         self._held_out: Sequence[Hashable] | None = None

@@ -53,12 +53,15 @@ def test_a_trace_reads_adds_compares_and_reads_again_where_the_sums_differ() -> 
         assert row.response == f"{steps}So</think>\\boxed{{{row.answer}}}"
 
 
-def test_a_direct_trace_has_the_same_answers_and_no_check() -> None:
-    direct = rows("form=text&trace=direct&split=heldout", 300)
-    for row in direct:
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_direct_traces_are_of_the_same_rows_and_answers_without_a_check(split: str) -> None:
+    direct = rows(f"form=text&trace=direct&split={split}", 300)
+    checked = rows(f"form=text&trace=check&split={split}", 300)
+    for row, twin in zip(direct, checked, strict=True):
         both, total = readings(row)
         (right,) = [reading for reading in both if sum(reading) == total]
         assert row.response == f"I read: {join(right)}={total}. So</think>\\boxed{{{row.answer}}}"
+        assert row.messages[0] == twin.messages[0] and row.answer == twin.answer
 
 
 @pytest.mark.parametrize("misread", [0.0, 0.3, 1.0])
