@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import field
+from dataclasses import field, fields
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -149,6 +149,7 @@ class AlgorithmConfig:
             f"algorithm.critic_warmup_iterations={self.critic_warmup_iterations}: {self.estimator} has no critic",
         )
         self._check_lambdas()
+        self._check_effects()
         require(
             not self.dual_clip or self.dual_clip > 1,
             f"algorithm.dual_clip={self.dual_clip:g} must be above 1, or 0 (off): below 1 it would bound tokens whose "
@@ -191,6 +192,22 @@ class AlgorithmConfig:
                 f"algorithm.correction_{name}={bound:g} needs algorithm.correction, which is null; name one, or leave "
                 "the bound out",
             )
+
+    def _check_effects(self) -> None:
+        """Raise `ConfigError` where a number is changed that neither the loss nor the rewards read."""
+        # A loss from outside may read the temperatures of the gate.
+        gated = self.loss == "sapo" or ":" in self.loss
+        readers = {
+            "cosine_": (self.length_reward == "cosine", "algorithm.length_reward=cosine"),
+            "sapo_": (gated, "algorithm.loss=sapo"),
+        }
+        for setting in fields(self):
+            for prefix, (is_read, reader) in readers.items():
+                value = getattr(self, setting.name)
+                require(
+                    is_read or not setting.name.startswith(prefix) or value == setting.default,
+                    f"algorithm.{setting.name}={value} has no effect without {reader}; set that, or leave it out",
+                )
 
     @property
     def _shapes_rewards(self) -> bool:

@@ -218,14 +218,8 @@ def test_a_loss_is_its_papers_objective(name: str, spread: float) -> None:
     new = old + spread / 0.1 * (new - old)
     new = torch.minimum(new, torch.tensor(-0.01, dtype=torch.float64))
     ours, theirs = new.clone().requires_grad_(), new.clone().requires_grad_()
-    settings = AlgorithmConfig(
-        loss=name,
-        clip=LOW,
-        clip_high=HIGH,
-        dual_clip=1.05 if name == "clip" else 0.0,
-        sapo_positive=TAU,
-        sapo_negative=NEGATIVE_TAU,
-    )
+    own_numbers = {"clip": {"dual_clip": 1.05}, "sapo": {"sapo_positive": TAU, "sapo_negative": NEGATIVE_TAU}}
+    settings = AlgorithmConfig(loss=name, clip=LOW, clip_high=HIGH, **own_numbers.get(name, {}))
     losses, sums = LOSSES.rows[name](ours, old, advantages, segments(LENGTHS), settings)
     parts = zip(*(x.split(LENGTHS) for x in (theirs, old, advantages)), strict=True)
     expected = sum((LITERAL[name](p, q, float(advantage[0])) for p, q, advantage in parts), torch.zeros(()).double())
@@ -288,6 +282,16 @@ def test_a_second_bound_is_refused_where_there_is_none(name: str) -> None:
     check_loss(AlgorithmConfig(loss="gspo", dual_clip=3.0))
     with pytest.raises(ConfigError, match=r"algorithm.dual_clip=0.5 must be above 1, or 0 .off."):
         AlgorithmConfig(dual_clip=0.5)
+
+
+def test_numbers_that_nothing_reads_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"algorithm.sapo_negative=2.0 has no effect without algorithm.loss=sapo"):
+        AlgorithmConfig(sapo_negative=2.0)
+    AlgorithmConfig(loss="sapo", sapo_negative=2.0)
+    AlgorithmConfig(loss="my.module:loss", sapo_negative=2.0)
+    with pytest.raises(ConfigError, match=r"algorithm.cosine_right=3.0 has no effect without algorithm.length_reward="):
+        AlgorithmConfig(cosine_right=3.0)
+    AlgorithmConfig(length_reward="cosine", cosine_right=3.0)
 
 
 @pytest.mark.parametrize(
