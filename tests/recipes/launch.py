@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 tests/recipes/launch.py OUT RECIPE ...
 
-OUT has a model folder for each family of `model_family` and the files ``chats.jsonl`` and ``problems.jsonl``.  The run
+OUT has two model folders for each family of `model_family`, one of them a teacher's, and the files ``chats.jsonl`` and ``problems.jsonl``.  The run
 folder of a recipe is OUT/RECIPE.
 """
 
@@ -48,7 +48,7 @@ def scale_down(recipe: str, out: Path) -> list[str]:
     paths.append(f"data.sources=[{{path: '{out / name}.jsonl', name: {name}}}]")
     layout = [f"parallel.tp={min(own.parallel.tp, RANKS)}"]
     if is_rl and own.algorithm.teacher:
-        paths.append(f"algorithm.teacher={model}")
+        paths.append(f"algorithm.teacher={model}_teacher")
     # A CPU has no FP8.
     precision = [] if own.model.fp8 == "none" else ["model.fp8=none", "model.fp8_bf16_layers=0"]
     return [*paths, *layout, *precision, *SIZES, *(RL_SIZES if is_rl else SFT_SIZES)]

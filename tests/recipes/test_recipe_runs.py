@@ -35,6 +35,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("recipes")
     for family in {model_family(recipe) for recipe in NAMES}:
         make_tiny_model(out / family, tied=True, seed=5, family=family)
+        # A teacher that equals its student teaches nothing.
+        make_tiny_model(out / f"{family}_teacher", tied=True, seed=6, family=family)
     for name, kind in (("chats", ""), ("problems", "&answered=0")):
         rows = open_source(SourceConfig(path=f"puzzle:digits?form=image&task=sum{kind}"))
         lines = [json.dumps(row_to_json(rows[index])) for index in range(24)]
