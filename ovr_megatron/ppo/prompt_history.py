@@ -6,7 +6,7 @@ where a group is all responses to a prompt in one iteration, and is mixed where 
 - ``algorithm.prompt_replay``, b: after a mixed group the prompt comes again with probability b^r, r the number of the
   repeat since its turn (prompts alone come again, after a cooldown, as in Prompt Replay, arXiv 2603.21177).
 - ``algorithm.prompt_exploration``, e: a prompt whose last z groups had equal rewards is drawn at its turn with
-  probability max(e^z, `SMALLEST`) (GRESO, arXiv 2506.02177, section 4.2; the bound is that of its code).
+  probability max(e^z, `SMALLEST`) (GRESO, arXiv 2506.02177; the bound is that of its code).
 """
 
 from __future__ import annotations
