@@ -47,6 +47,7 @@ from ovr_megatron.rollout.sampling import Prompt
 from ovr_megatron.runtime import distributed
 from tests.model.matrix import WHOLE
 from tests.ppo.off_policy import largest_difference_on_ranks
+from tests.ppo.questions import questions_source
 
 SIZES = ("iterations=2", "prompts=4", "responses=4", "run.save_every=1", "run.keep_last=0")
 RULES = "reward.rules={image: 'parity:even', text: 'parity:even'}"
@@ -280,10 +281,8 @@ def continued_runs() -> None:
 
 def chosen_runs() -> None:
     """Train on prompts that the rewards of earlier iterations choose: whole, resumed, and from the archive."""
-    if world.is_main:
-        write_questions(out / "questions.jsonl", count=7)
+    sources = questions_source(out, world.is_main)
     dist.barrier()
-    sources = f"data.sources=[{{path: '{out / 'questions.jsonl'}', name: text}}]"
     for name, settings in (("chosen", CHOSEN), ("chosen_partial", CHOSEN_PARTIAL)):
         train(name, *settings, sources)
         resume_after(name, 2, f"{name}_resumed", *settings, sources)
@@ -296,14 +295,6 @@ def chosen_runs() -> None:
     layouts = {"same": again("chosen", 3), "partial": again("chosen_partial", 3, "parallel.tp=2")}
     if world.is_main:
         (out / "chosen.json").write_text(json.dumps(layouts))
-
-
-def write_questions(path: Path, count: int) -> None:
-    """Write rows of text."""
-    with path.open("w") as lines:
-        for index in range(count):
-            message = {"role": "user", "content": f"Say {index}."}
-            lines.write(json.dumps({"messages": [message], "answer": "1"}) + "\n")
 
 
 def taught_runs() -> None:

@@ -113,6 +113,20 @@ def test_a_killed_run_goes_on_with_what_was_generated_ahead(runs: Path) -> None:
     assert curve(runs / "killed") == curve(runs / "ahead")
 
 
+def test_prompts_chosen_by_rewards_are_those_of_one_side(older: Path) -> None:
+    assert_same_run(older / "chosen", older / "chosen_one", range(4))
+    lines = curve(older / "chosen")
+    assert lines == curve(older / "chosen_one")
+    assert sum(line["data/replayed_prompts"] for line in lines) > 0 < sum(line["data/skipped_turns"] for line in lines)
+
+
+def test_prompts_chosen_ahead_resume_bit_for_bit(older: Path) -> None:
+    lines = curve(older / "chosen_ahead")
+    assert curve(older / "chosen_ahead_resumed") == lines[3:]
+    assert_same_run(older / "chosen_ahead_resumed", older / "chosen_ahead", range(3, 5))
+    assert sum(line["data/replayed_prompts"] for line in lines[3:]) > 0
+
+
 def test_generation_runs_two_iterations_ahead(older: Path) -> None:
     assert [versions(older / "further", iteration) for iteration in range(5)] == [{0}, {0}, {0}, {1}, {2}]
     ages = [line["rollout/staleness_mean"] for line in curve(older / "further")]
