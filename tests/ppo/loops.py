@@ -287,14 +287,9 @@ def chosen_runs() -> None:
         train(name, *settings, sources)
         resume_after(name, 2, f"{name}_resumed", *settings, sources)
     train("chosen_learned", *CHOSEN, sources, "only=train", f"rollouts_from={out / 'chosen'}")
-    # A run of rollouts alone goes on after those that are complete.
-    rolled = (*CHOSEN, sources, "only=rollout")
-    generate(config("chosen_rolled", *rolled), world)
-    generate(config("chosen_rolled_on", *rolled, "iterations=2"), world)
-    generate(config("chosen_rolled_on", *rolled), world)
-    layouts = {"same": again("chosen", 3), "partial": again("chosen_partial", 3, "parallel.tp=2")}
+    replayed = again("chosen_partial", 3)
     if world.is_main:
-        (out / "chosen.json").write_text(json.dumps(layouts))
+        (out / "chosen.json").write_text(json.dumps(replayed))
 
 
 def taught_runs() -> None:

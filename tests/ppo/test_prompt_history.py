@@ -4,18 +4,20 @@ import json
 import math
 import random
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
 
-from ovr_megatron.config import AlgorithmConfig, ConfigError, RLConfig, build, defaults
+from ovr_megatron.config import AlgorithmConfig, ConfigError, ParallelConfig, RLConfig, build, defaults
 from ovr_megatron.data.schema import ENDLESS, Message, Row, TextPart
 from ovr_megatron.data.stream import RowStream
 from ovr_megatron.ppo import archive
-from ovr_megatron.ppo.archive import SavedIteration
 from ovr_megatron.ppo.prompt_history import SMALLEST, PromptHistory, replay_probability, turn_probability
-from ovr_megatron.ppo.prompts import PromptStream
+from ovr_megatron.ppo.prompts import Prompts, PromptStream
+from ovr_megatron.ppo.rollouts import Rollout
+from ovr_megatron.runtime import distributed
 
 SURE = 1 - 1e-12  # a probability, and its powers, that no draw of these tests is above
 
@@ -177,7 +179,7 @@ def _next_ids(prompts: PromptStream) -> list[str]:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_a_resumed_stream_goes_on_and_no_prompt_is_lost(seed: int) -> None:
+def test_a_resumed_stream_goes_on_and_no_prompt_is_lost(seed: int, tmp_path: Path) -> None:
     """Over random rewards and cuts: the same prompts from a checkpoint and from an archive, each epoch complete."""
     draw = random.Random(seed)
     rows, count = draw.randint(5, 40), draw.randint(1, 6)
@@ -185,13 +187,14 @@ def test_a_resumed_stream_goes_on_and_no_prompt_is_lost(seed: int) -> None:
     settings["exploration"] = draw.choice((0.0, 0.5))
     oversample = draw.choice((0.0, 0.5))
     continues = bool(oversample) and draw.random() < 0.5
-    prompts, other = prompt_stream(rows, **settings), prompt_stream(rows, **settings)
+    prompts = prompt_stream(rows, **settings)
+    world = distributed.start(ParallelConfig(), seed=1)
+    unused: Any = None
     drawn: Counter[str] = Counter()
     replayed = 0.0
     for _ in range(60):
         before = json.loads(json.dumps(prompts.state()))
-        other = prompt_stream(rows, **settings)
-        other.load(before)
+        redrawn, skipped = prompt_stream(rows, **settings), prompt_stream(rows, **settings)
         restarted: list[int] | None = None
         long = False
         if continues:
@@ -204,10 +207,17 @@ def test_a_resumed_stream_goes_on_and_no_prompt_is_lost(seed: int) -> None:
         mixed = {index: draw.random() < 0.5 for index in range(len(batch)) if index not in left}
         drawn.update(batch[index].id for index in mixed)
         replayed += prompts.observe(prompts.round_positions, mixed)["data/replayed_prompts"]
-        waiting = {"unfinished": left, "restarted": restarted} if continues else {"postponed": left, "long": long}
-        saved = SavedIteration(64, {}, before, len(batch), [], mixed=mixed, **waiting)
-        assert archive._redraw(other, saved) == batch
-        assert json.loads(json.dumps(other.state())) == json.loads(json.dumps(prompts.state()))
+        rollout = Rollout(Prompts(batch, unused), 64, mixed=mixed)
+        if continues:
+            rollout.restarted, rollout.unfinished = restarted, left
+        else:
+            rollout.long, rollout.postponed = long, left
+        assert archive.write(tmp_path, 0, rollout, before, [], {}, world) is None
+        assert archive.restore(archive.read(tmp_path, 0, world), redrawn).prompts.rows == batch
+        archive.skip(tmp_path, 0, skipped)
+        after = json.loads(json.dumps(prompts.state()))
+        for other in (redrawn, skipped):
+            assert json.loads(json.dumps(other.state())) == after
     assert replayed > 0
     if not settings["exploration"]:
         epochs = prompts.stream.drawn // rows
