@@ -230,8 +230,8 @@ if __name__ == "__main__":
             resume(name, f"{name}_resumed", 3, *settings)
         sources = questions_source(out, world.job.rank == 0)
         dist.barrier(world.job.messages)
-        train("chosen", *CHOSEN, sources, "iterations=4")
-        train_alone("chosen_one", *CHOSEN, sources, "iterations=4")
+        train("chosen", *CHOSEN, sources, "iterations=3")
+        train_alone("chosen_one", *CHOSEN, sources, "iterations=3")
         train("chosen_ahead", *FURTHER, *CHOSEN, sources)
         resume("chosen_ahead", "chosen_ahead_resumed", 3, *FURTHER, *CHOSEN, sources)
         # Without the archive of what was generated ahead.
