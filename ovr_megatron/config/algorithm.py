@@ -204,12 +204,13 @@ class AlgorithmConfig:
             )
 
     def _check_effects(self) -> None:
-        """Raise `ConfigError` where a number is changed that neither the loss nor the rewards read."""
+        """Raise `ConfigError` where a number is changed that nothing reads."""
         # A loss from outside may read the temperatures of the gate.
         gated = self.loss == "sapo" or ":" in self.loss
         readers = {
             "cosine_": (self.length_reward == "cosine", "algorithm.length_reward=cosine"),
             "sapo_": (gated, "algorithm.loss=sapo"),
+            "prompt_cooldown": (self.prompt_replay > 0, "algorithm.prompt_replay"),
         }
         for setting in fields(self):
             for prefix, (is_read, reader) in readers.items():

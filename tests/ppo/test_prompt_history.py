@@ -4,6 +4,7 @@ import json
 import math
 import random
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,9 @@ def every_prompt_fits(monkeypatch: pytest.MonkeyPatch) -> None:
 def prompt_stream(
     count: int, replay: float = 0.0, exploration: float = 0.0, cooldown: int = 1, seed: int = 3
 ) -> PromptStream:
-    algorithm = AlgorithmConfig(prompt_replay=replay, prompt_exploration=exploration, prompt_cooldown=cooldown)
+    algorithm = AlgorithmConfig(prompt_replay=replay, prompt_exploration=exploration)
+    if replay:
+        algorithm = replace(algorithm, prompt_cooldown=cooldown)
     unused: Any = None
     stream = RowStream([(NumberedRows(count), 1.0)], seed)
     return PromptStream(stream, unused, {}, history=PromptHistory(algorithm, seed))

@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 tests/recipes/launch.py OUT RECIPE ...
 
-OUT has two model folders for each family of `model_family`, one of them a teacher's, and the files ``chats.jsonl`` and ``problems.jsonl``.  The run
-folder of a recipe is OUT/RECIPE.
+OUT has two model folders for each family of `model_family`, one of them a teacher's, and the files ``chats.jsonl`` and
+``problems.jsonl``.  The run folder of a recipe is OUT/RECIPE.
 """
 
 import sys
