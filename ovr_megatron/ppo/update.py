@@ -14,6 +14,7 @@ from ovr_megatron.ppo.experience import CriticBatch, Experience, Models, sum_ove
 from ovr_megatron.ppo.mismatch import token_modalities
 from ovr_megatron.ppo.objectives import PolicyObjective, ValueObjective
 from ovr_megatron.ppo.reductions import positive_nll_weights, token_weights
+from ovr_megatron.ppo.sources import SourceMeans
 from ovr_megatron.ppo.staleness import has_older_tokens, token_staleness
 
 # Names in the log of what `PolicyObjective` sums; what begins with its group has its name already.
@@ -126,9 +127,16 @@ def update_policy(models: Models, experience: Experience, iteration: int) -> dic
     mismatch = objective.mismatch.metrics()  # after the last step, as it waits for the device
     metrics = policy_metrics(mean_over_steps(step_metrics), mismatch)
     if sources.names:
-        for source, means in objective.source_means.means().items():
-            for name, mean in means.items():
-                metrics[f"{LOGGED_NAMES.get(name, name)}/source/{source}"] = mean
+        metrics |= source_metrics(objective.source_means)
+    return metrics
+
+
+def source_metrics(source_means: SourceMeans) -> dict[str, float]:
+    """Return the metrics of each source, under the names of the log.  A collective."""
+    metrics = {}
+    for source, means in source_means.means().items():
+        for name, mean in means.items():
+            metrics[f"{LOGGED_NAMES.get(name, name)}/source/{source}"] = mean
     return metrics
 
 

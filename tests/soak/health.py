@@ -1,9 +1,9 @@
 """A healthy run of the miniature and four unhealthy ones: a figure with a panel for each signal, and a table.
 
-    python tests/soak/health.py --start runs/quickstart/cold_start/checkpoints/step_000130 --run runs/health --out docs/images
+    python tests/soak/health.py --start CHECKPOINT --run runs/health --out docs/images
 
-All set out from the cold start of examples/miniature.sh.  Each run has 128 responses an iteration; what is there already
-is not done again, so the command can be stopped and given again.
+All set out from CHECKPOINT, the last one of the cold start that examples/miniature.sh trains.  What is there already is
+not done again, so the command can be stopped and given again.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ EDGE = 5  # first and last iterations that the table averages
 
 _PUZZLE = "answered=0&split=heldout&count=1000"
 COMMON = (
-    *("prompts=32", "responses=4", "algorithm.policy_steps=2", "curriculum=[{until: 1000, max_tokens: 160}]"),
+    *("prompts=24", "responses=4", "algorithm.policy_steps=2", "curriculum=[{until: 1000, max_tokens: 128}]"),
     # So small that it measures the divergence from the reference and changes nothing else.
-    *("algorithm.kl_coefficient=1e-6", "run.save_every=1000", "run.keep_last=1"),
-    *("evaluation.every=5", "evaluation.limit=100", "evaluation.max_tokens=72"),
+    *("algorithm.kl_coefficient=1e-6", "run.save_every=10", "run.keep_last=1"),
+    *("evaluation.every=6", "evaluation.limit=50", "evaluation.max_tokens=96"),
     "evaluation.sources=["
     f"{{path: 'puzzle:digits?form=image&task=sum&{_PUZZLE}', name: visual}}, "
     f"{{path: 'puzzle:digits?form=text&task=sum&{_PUZZLE}', name: text}}]",
