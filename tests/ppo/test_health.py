@@ -1,15 +1,21 @@
 """Metrics of a run's health by hand, on ragged responses of two sources, and the same on one and two ranks."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ovr_megatron.config import ParallelConfig
+from ovr_megatron.config import AlgorithmConfig, ParallelConfig
+from ovr_megatron.data.packing import blank_pack
+from ovr_megatron.model.scores import Scores
 from ovr_megatron.ppo.advantage_histogram import BINS, SHOWN_BINS, histogram_over_ranks
+from ovr_megatron.ppo.losses import LOSSES
 from ovr_megatron.ppo.measures import repetition
+from ovr_megatron.ppo.objectives import PolicyObjective
 from ovr_megatron.runtime import distributed
 from ovr_megatron.runtime.distributed import World
 from ovr_megatron.runtime.runlog import RunLog
@@ -84,7 +90,7 @@ def literal_means(name: str, source: str) -> float:
                 "policy/clip_fraction": low or high,
                 "policy/clip_fraction_low": low,
                 "policy/clip_fraction_high": high,
-                "rollout/kl": np.exp(-0.5) - 1 + 0.5,
+                "rollout/kl": np.exp(0.5) - 1 - 0.5,  # the trainer has exp(0.5) times the probability
             }[name]
             values.append(float(value))
     return float(np.mean(values))
@@ -137,6 +143,27 @@ def test_advantages_that_are_equal_absent_or_not_finite(world: World) -> None:
     assert histogram_over_ranks([np.array([np.nan])], world.layout) is None
     finite = histogram_over_ranks([np.array([1.0, np.inf, np.nan, 3.0])], world.layout)
     assert finite is not None and finite.counts.sum() == 2 and finite.total == 4
+
+
+@pytest.mark.parametrize("name", list(LOSSES.rows))
+def test_the_loss_does_not_depend_on_what_is_logged(world: World, name: str) -> None:
+    """Value and gradient have the same bits with and without sources."""
+    generator = torch.Generator().manual_seed(4)
+    old = -torch.rand(9, generator=generator)
+    arrays = {"advantages": torch.randn(9, generator=generator), "old_logprobs": old, "rollout_logprobs": old - 0.01}
+    bounds = torch.tensor([0, 2, 9], dtype=torch.int32)
+    start = (old + 0.4 * torch.randn(9, generator=generator)).clamp(max=-0.01)
+    bits = []
+    for more in ({}, {"sources": torch.tensor([0.0] * 2 + [1.0] * 7)}):
+        pack = replace(blank_pack(rows=9), cu_seqlens=bounds, extras=arrays | more)
+        logprobs = start.clone().requires_grad_()
+        objective = PolicyObjective(AlgorithmConfig(loss=name), sources=("a", "b") if more else ())
+        result = objective(Scores(torch.arange(9), logprobs=logprobs, entropy=torch.ones(9)), pack)
+        result.total.backward()
+        bits.append((result.total.detach(), logprobs.grad))
+    assert torch.equal(bits[0][0], bits[1][0]) and torch.equal(bits[0][1], bits[1][1])
+    means = objective.source_means.means()
+    assert means["a"]["entropy"] == means["b"]["entropy"] == 1
 
 
 def test_two_ranks_have_the_metrics_of_one(metrics: dict[str, float], tmp_path: Path) -> None:

@@ -2,8 +2,8 @@
 
     python tests/soak/health.py --start CHECKPOINT --run runs/health --out docs/images
 
-All set out from CHECKPOINT, the last one of the cold start that examples/miniature.sh trains.  What is there already is
-not done again, so the command can be stopped and given again.
+All set out from CHECKPOINT, the last one of the cold start that examples/miniature.sh trains, one after the other in a
+process.  What is there already is not done again, so the command can be stopped and given again.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import argparse
 import csv
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -22,28 +21,31 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[2]
-ITERATIONS = 30
-EDGE = 5  # first and last iterations that the table averages
+from ovr_megatron import RL, compose
+
+RULES = Path(__file__).resolve().parent  # of health_rules.py
+ITERATIONS = 12
+EDGE = 3  # first and last iterations that the table averages
 
 _PUZZLE = "answered=0&split=heldout&count=1000"
 COMMON = (
-    *("prompts=24", "responses=4", "algorithm.policy_steps=2", "curriculum=[{until: 1000, max_tokens: 128}]"),
+    *(f"iterations={ITERATIONS}", "prompts=16", "responses=4", "curriculum=[{until: 1000, max_tokens: 128}]"),
+    *("algorithm.policy_steps=2", "algorithm.critic_warmup_iterations=1"),
     # So small that it measures the divergence from the reference and changes nothing else.
-    *("algorithm.kl_coefficient=1e-6", "run.save_every=10", "run.keep_last=1"),
-    *("evaluation.every=6", "evaluation.limit=50", "evaluation.max_tokens=96"),
+    *("algorithm.kl_coefficient=1e-6", "run.save_every=6", "run.keep_last=1"),
+    *("evaluation.every=4", "evaluation.limit=32", "evaluation.max_tokens=96"),
     "evaluation.sources=["
     f"{{path: 'puzzle:digits?form=image&task=sum&{_PUZZLE}', name: visual}}, "
     f"{{path: 'puzzle:digits?form=text&task=sum&{_PUZZLE}', name: text}}]",
 )
 VARIANTS = {
     "healthy": (),
+    "rule that pays for '+'": ("reward.rules={image: 'health_rules:shown_work', text: 'health_rules:shown_work'}",),
     "rate 30 times as high": ("optimizer.lr=6e-3",),
     "rule that pays for length": ("reward.rules={image: 'health_rules:length', text: 'health_rules:length'}",),
-    "rule that pays for '+'": ("reward.rules={image: 'health_rules:shown_work', text: 'health_rules:shown_work'}",),
     "critic that does not learn": ("critic.optimizer.lr=1e-9",),
 }
-COLOURS = ("#1d7a46", "#c2352b", "#3a7cbd", "#d9652b", "#7d55a8")
+COLOURS = ("#1d7a46", "#d9652b", "#c2352b", "#3a7cbd", "#7d55a8")
 # Title of a panel, and the keys that it shows: the first as a line, the second dashed.
 PANELS = (
     ("mean reward in training", ("reward/mean",)),
@@ -61,16 +63,14 @@ PANELS = (
 )
 
 
-def train(name: str, start: Path, run: Path, processes: int) -> None:
-    """Train a variant unless its last checkpoint is there."""
-    if (run / f"checkpoints/step_{ITERATIONS:06d}/manifest.json").exists():
-        return
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command += ["-m", "ovr_megatron.rl", "--config-name", "tiny_rl", f"run.dir={run}", f"model.path={start}"]
-    command += [f"iterations={ITERATIONS}", *COMMON, *VARIANTS[name]]
-    search = os.pathsep.join([str(ROOT / "tests/soak"), os.environ.get("PYTHONPATH", "")])
-    variables = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": search}
-    subprocess.run(command, cwd=ROOT, env=os.environ | variables, check=True)
+def train(name: str, start: Path, folder: Path) -> bool:
+    """Train a variant in ``folder`` unless its last checkpoint is there; return whether it is done."""
+    if (folder / f"checkpoints/step_{ITERATIONS:06d}/manifest.json").exists():
+        return True
+    config = compose("tiny_rl", [f"run.dir={folder}", f"model.path={start}", *COMMON, *VARIANTS[name]])
+    with RL(config) as rl:
+        rl.run()
+        return not rl.stopped
 
 
 def read_metrics(run: Path) -> dict[str, dict[int, float]]:
@@ -121,26 +121,26 @@ def write_table(runs: dict[str, dict[str, dict[int, float]]], path: Path) -> Non
                     table.writerow([key, name, f"{np.mean(first):.4g}", f"{np.mean(last):.4g}"])
 
 
-def main() -> None:
-    """Train what is missing, then draw."""
+def main() -> int:
+    """Train what is missing, then draw; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--start", type=Path, required=True, help="checkpoint of the cold start")
     parser.add_argument("--run", type=Path, required=True, help="folder of the five runs")
     parser.add_argument("--out", type=Path, required=True, help="folder of health.png and health.csv")
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--only", nargs="+", choices=VARIANTS, help="train these and draw nothing")
     args = parser.parse_args()
+    # Graders are processes of their own, which import the rules.
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(RULES), os.environ.get("PYTHONPATH", "")])
     folders = {name: args.run.resolve() / str(i) for i, name in enumerate(VARIANTS)}
-    for name in args.only or VARIANTS:
-        train(name, args.start.resolve(), folders[name], args.processes)
-    if args.only:
-        return
+    for name, folder in folders.items():
+        if not train(name, args.start.resolve(), folder):
+            return 75
     runs = {name: read_metrics(folder) for name, folder in folders.items()}
     args.out.mkdir(parents=True, exist_ok=True)
     draw(runs, args.out / "health.png")
     write_table(runs, args.out / "health.csv")
     print((args.out / "health.csv").read_text())
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
