@@ -28,13 +28,15 @@ def test_policy_loss_is_the_clipped_surrogate(seed: int, clip: float) -> None:
     new, old, advantage = rng.normal(size=(3, 17))
     settings = AlgorithmConfig(clip=clip, clip_high=2 * clip)
     found, sums = clip_loss(*(torch.from_numpy(x) for x in (new, old, advantage)), segments([17]), settings)
-    clipped = 0
+    clipped, low, high = 0, 0, 0
     for i in range(17):
         ratio = np.exp(new[i] - old[i])
         bounded = min(max(ratio, 1 - clip), 1 + 2 * clip)
         assert float(found[i]) == pytest.approx(-min(ratio * advantage[i], bounded * advantage[i]), rel=1e-12)
         clipped += bounded * advantage[i] < ratio * advantage[i]
-    assert float(sums["clip_fraction"]) == clipped
+        low += ratio < 1 - clip and advantage[i] < 0
+        high += ratio > 1 + 2 * clip and advantage[i] > 0
+    assert [float(sums[f"clip_fraction{end}"].sum()) for end in ("", "_low", "_high")] == [clipped, low, high]
 
 
 def test_on_policy_the_gradient_is_the_policy_gradient() -> None:
@@ -45,7 +47,7 @@ def test_on_policy_the_gradient_is_the_policy_gradient() -> None:
     (found,) = torch.autograd.grad(losses.sum(), logits, retain_graph=True)
     (expected,) = torch.autograd.grad(-(logprobs * advantage).sum(), logits)
     assert torch.equal(losses.detach(), -advantage)
-    assert sums["clip_fraction"] == 0
+    assert not sums["clip_fraction"].any()
     torch.testing.assert_close(found, expected)
 
 
@@ -94,7 +96,7 @@ def test_gspo_is_the_surrogate_of_a_responses_own_ratio(clip: float) -> None:
     (expected_gradient,) = torch.autograd.grad(expected, theirs)
     torch.testing.assert_close(gradient, expected_gradient)
     clipped = [n for n, part in zip(LENGTHS, gradient.split(LENGTHS), strict=True) if not part.any()]
-    assert float(sums["clip_fraction"]) == sum(clipped)
+    assert float(sums["clip_fraction"].sum()) == sum(clipped)
     assert bool(clipped) == (clip < 0.5)
 
 
@@ -133,7 +135,10 @@ def test_on_policy_every_loss_is_the_policy_gradient(name: str) -> None:
     torch.testing.assert_close(logprobs.grad, -advantages, rtol=1e-12, atol=0)
     if name not in ("cispo", "sapo"):  # the first has log pi in the place of the ratio, the second 2 / tau times it
         assert torch.equal(losses, -advantages) and torch.equal(logprobs.grad, -advantages)
-    assert sums.get("clip_fraction", 0) == 0 and sums.get("gate", sum(LENGTHS)) == sum(LENGTHS)
+    if name == "sapo":
+        assert sums.keys() == {"gate"} and bool((sums["gate"] == 1).all())
+    else:
+        assert len(sums) == 3 and not any(values.any() for values in sums.values())
 
 
 LOW, HIGH, TAU, NEGATIVE_TAU = 0.04, 0.06, 1.5, 2.5
@@ -229,7 +234,9 @@ def test_a_loss_is_its_papers_objective(name: str, spread: float) -> None:
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-10, atol=1e-10)
     if name in ("clip", "gmpo", "dppo_tv", "dppo_kl"):
         without = int((gradient == 0).sum())
-        assert without == float(sums["clip_fraction"] + sums.get("dual_clip_fraction", 0))
+        assert without == float(sums["clip_fraction"].sum() + sums.get("dual_clip_fraction", torch.zeros(1)).sum())
+        ends = sums["clip_fraction_low"].sum() + sums["clip_fraction_high"].sum()
+        assert ends == sums["clip_fraction"].sum()
         assert without or spread < 0.1
 
 
