@@ -3,8 +3,8 @@
     torchrun --nproc-per-node 2 tests/recipes/launch.py OUT RECIPE ...
 
 OUT has two model folders for each family of `model_family`, one of them a teacher's, and the files ``chats.jsonl``,
-``problems.jsonl`` and ``texts.jsonl``.  The run folder of a recipe is OUT/RECIPE; those of `train_in_turn` are OUT/images
-and OUT/text.
+``problems.jsonl`` and ``texts.jsonl``.  The run folder of a recipe is OUT/RECIPE; those of `train_in_turn` are
+OUT/images and OUT/text.
 """
 
 import sys
