@@ -111,13 +111,29 @@ def mapping_names(schema: type) -> Iterator[str]:
                 yield f"{field.name}{mark}.{name}"
 
 
+def optional_sections(schema: type) -> Iterator[str]:
+    """Yield the dotted names of the sections of ``schema`` that may be null, as ``critic.parallel``."""
+    hints = typing.get_type_hints(schema)
+    for field in dataclasses.fields(schema):
+        hint = hints[field.name]
+        if NoneType in typing.get_args(hint) and any(map(dataclasses.is_dataclass, typing.get_args(hint))):
+            yield field.name
+        for inner_schema, mark in _inner_schemas(hint):
+            for name in optional_sections(inner_schema):
+                yield f"{field.name}{mark}.{name}"
+
+
 def with_new_keys(schema: type, overrides: Sequence[str]) -> list[str]:
-    """Return ``overrides`` with ``++`` before those of mappings: only then Hydra lets them add keys."""
-    mappings = [re.escape(name) for name in mapping_names(schema)]
-    if not mappings:
+    """Return ``overrides`` with ``++`` before those that add keys: only then Hydra lets them.
+
+    They are those of mappings, and those of fields in a section that may be null.
+    """
+    patterns = [rf"{re.escape(name)}(?:\.[^=]*)?=" for name in mapping_names(schema)]
+    patterns += [rf"{re.escape(name)}\.[^=]+=" for name in optional_sections(schema)]
+    if not patterns:
         return list(overrides)
-    of_mapping = re.compile(rf"(?:{'|'.join(mappings)})(?:\.[^=]*)?=")
-    return [f"++{override}" if of_mapping.match(override) else override for override in overrides]
+    adds_key = re.compile("|".join(patterns))
+    return [f"++{override}" if adds_key.match(override) else override for override in overrides]
 
 
 def text_names(schema: type) -> Iterator[str]:

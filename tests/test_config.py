@@ -494,3 +494,11 @@ def test_adapters_that_cannot_be_are_refused(settings: dict[str, Any], message: 
 def test_a_frozen_tower_may_have_adapters_above_it() -> None:
     model = ModelConfig(path="x", freeze_vision=True, freeze_merger=True, lora={"rank": 8})
     assert not (model.trains_language or model.trains_vision or model.trains_merger or model.adapts_vision)
+
+
+def test_a_section_that_may_be_null_takes_its_fields_one_by_one() -> None:
+    config = compose("rl_7b_64gpu", ["model.path=x", "critic.parallel.tp=8", "critic.parallel.overlap=true"])
+    assert isinstance(config, RLConfig)
+    assert config.critic.parallel == ParallelConfig(tp=8, overlap=True)
+    with pytest.raises(ConfigError, match=r"no setting critic.parallel.tpp; did you mean critic.parallel.tp\?"):
+        compose("rl_7b_64gpu", ["model.path=x", "critic.parallel.tpp=8"])

@@ -20,6 +20,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from PIL import Image
 
+from ovr_megatron.checkpoint.manifest import write_manifest
 from ovr_megatron.model.tiny import make_tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -177,6 +178,10 @@ def prepare(folder: Path) -> None:
     asked = [{"role": "user", "content": [image, {"type": "text", "text": "Brighter or darker than usual?"}]}]
     described = {"messages": asked, "answer": "darker", "metadata": {"brightness": 100}, "response": "It is darker."}
     (folder / "described.jsonl").write_text(json.dumps(described) + "\n")
+    for step in (860, 880, 900):
+        checkpoint = folder / f"runs/rl/checkpoints/step_{step:06d}"
+        make_tiny_model(checkpoint / "policy", seed=step)
+        write_manifest(checkpoint, step)
     # The modules that pages show are those that their commands name.
     pages = {"own_reward.md": ["my_rewards.py", "row_rewards.py"], "own_data.md": ["my_rows.py", "my_formats.py"]}
     for page, modules in pages.items():

@@ -35,6 +35,11 @@ def cross_entropy(scores: Scores, pack: Pack) -> LossSum:
     return LossSum(-scores.logprobs.sum(), len(scores.rows), {})
 
 
+def format_totals(scores: dict[str, float]) -> str:
+    """Return the scores of all rows of each set as text; deeper keys are of single sources, or details of a set."""
+    return ", ".join(f"{key} {value:.4f}" for key, value in scores.items() if key.count("/") == 1)
+
+
 class StepTrainer:
     """Train step by step; record metrics, the loss of each source, and spikes of the loss.
 
@@ -116,9 +121,7 @@ class StepTrainer:
         """Log the ``scores`` of the weights after ``step`` under that step, and print those of all rows of a set."""
         if self.log:
             self.log.scalars(step, scores)
-            # Deeper keys are of single sources, or details of a set.
-            totals = [f"{key} {value:.4f}" for key, value in scores.items() if key.count("/") == 1]
-            logger.info(f"after step {step + 1}: {', '.join(totals)}")
+            logger.info(f"after step {step + 1}: {format_totals(scores)}")
 
     def _step_metrics(
         self,

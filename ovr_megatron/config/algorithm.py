@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import field
+from dataclasses import field, fields
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -116,6 +116,16 @@ class AlgorithmConfig:
     """Upper bound of the correction."""
     dynamic_sampling: Annotated[Count, ZeroMeans("off")] = 0
     """Times that prompts are drawn until enough have responses that differ in reward."""
+    # Below 1, here and in prompt_exploration: 1 would repeat a prompt without end, and skip nothing.
+    prompt_replay: Annotated[float, Field(ge=0, lt=1), ZeroMeans("off")] = 0.0
+    """Probability with which a prompt whose responses differ in reward comes again before the next epoch of its source;
+    for the r-th repeat its r-th power. Prompts of middling difficulty are then trained on more often than others."""
+    prompt_cooldown: PositiveInt = 5
+    """Iterations from a prompt to its next repeat by prompt_replay, at least."""
+    prompt_exploration: Annotated[float, Field(ge=0, lt=1), ZeroMeans("off")] = 0.0
+    """Probability with which a prompt is drawn at its turn in an epoch after responses that were all rewarded alike;
+    after z such times in a row its z-th power, at least 0.01. Prompts that are always or never solved are then trained
+    on less often than others."""
     overlong_buffer: Annotated[Count, ZeroMeans("off")] = 0
     """Last tokens before the limit, which cost up to 1."""
     length_reward: Literal["none", "cosine"] = "none"
@@ -149,6 +159,7 @@ class AlgorithmConfig:
             f"algorithm.critic_warmup_iterations={self.critic_warmup_iterations}: {self.estimator} has no critic",
         )
         self._check_lambdas()
+        self._check_effects()
         require(
             not self.dual_clip or self.dual_clip > 1,
             f"algorithm.dual_clip={self.dual_clip:g} must be above 1, or 0 (off): below 1 it would bound tokens whose "
@@ -192,6 +203,23 @@ class AlgorithmConfig:
                 "the bound out",
             )
 
+    def _check_effects(self) -> None:
+        """Raise `ConfigError` where a number is changed that nothing reads."""
+        # A loss from outside may read the temperatures of the gate.
+        gated = self.loss == "sapo" or ":" in self.loss
+        readers = {
+            "cosine_": (self.length_reward == "cosine", "algorithm.length_reward=cosine"),
+            "sapo_": (gated, "algorithm.loss=sapo"),
+            "prompt_cooldown": (self.prompt_replay > 0, "algorithm.prompt_replay"),
+        }
+        for setting in fields(self):
+            for prefix, (is_read, reader) in readers.items():
+                value = getattr(self, setting.name)
+                require(
+                    is_read or not setting.name.startswith(prefix) or value == setting.default,
+                    f"algorithm.{setting.name}={value} has no effect without {reader}; set that, or leave it out",
+                )
+
     @property
     def _shapes_rewards(self) -> bool:
         """Return whether the estimator gets anything else than verdicts of 0 to 1, a divergence apart."""
@@ -220,7 +248,12 @@ class AlgorithmConfig:
     @property
     def learns_from_rewards(self) -> bool:
         """Return whether anything is taken from the rewards; else chats without answers are prompts."""
-        return self.estimator != "none" or self.positive_nll > 0 or self.dynamic_sampling > 0
+        return self.estimator != "none" or self.positive_nll > 0 or self.dynamic_sampling > 0 or self.chooses_prompts
+
+    @property
+    def chooses_prompts(self) -> bool:
+        """Return whether the rewards of earlier responses decide which prompts are drawn."""
+        return self.prompt_replay > 0 or self.prompt_exploration > 0
 
     @property
     def in_groups(self) -> bool:

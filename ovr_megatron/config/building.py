@@ -11,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
 from ovr_megatron.config.checks import ConfigError, require
-from ovr_megatron.config.sentences import sentence
+from ovr_megatron.config.sentences import describe_error
 from ovr_megatron.config.writing import remember_environment
 
 T = TypeVar("T")
@@ -60,4 +60,4 @@ def build(schema: type[T], values: DictConfig | dict[str, object]) -> T:
     try:
         return TypeAdapter(schema).validate_python(resolved)
     except ValidationError as error:
-        raise ConfigError(sentence(error, schema)) from None
+        raise ConfigError(describe_error(error, schema)) from None

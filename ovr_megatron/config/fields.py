@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
 from ovr_megatron.config.checks import LARGEST, ConfigError, fields_of
-from ovr_megatron.config.sentences import sentence
+from ovr_megatron.config.sentences import describe_error
 
 Count = Annotated[int, Field(ge=0, le=LARGEST)]
 PositiveInt = Annotated[int, Field(gt=0, le=LARGEST)]
@@ -48,7 +48,7 @@ def section(prefix: str) -> Callable[[type[T]], type[T]]:
             try:
                 validate(self, **values)
             except ValidationError as error:
-                raise ConfigError(sentence(error, schema, prefix)) from None
+                raise ConfigError(describe_error(error, schema, prefix)) from None
 
         schema.__init__ = checked_init
         _inherit_descriptions(schema)

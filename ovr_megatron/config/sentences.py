@@ -26,7 +26,7 @@ _SCALARS = {
 }
 
 
-def sentence(error: ValidationError, schema: type, prefix: str = "") -> str:
+def describe_error(error: ValidationError, schema: type, prefix: str = "") -> str:
     """Return the first of pydantic's errors as one sentence.
 
     Args:

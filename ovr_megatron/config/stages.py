@@ -123,6 +123,7 @@ class RLConfig:
             f"responses={self.responses}: algorithm.estimator={self.algorithm.estimator} and dynamic_sampling compare "
             "the responses to one prompt; take 2 or more",
         )
+        _check_choice(self)
         _check_rounds(self)
         # The penalty begins so many tokens before the limit: within a shorter one it would begin before the response.
         shortest = min((stage.max_tokens for stage in self.curriculum), default=0)
@@ -251,6 +252,24 @@ def _check_critic_alone(config: RLConfig) -> None:
         f"algorithm.critic_warmup_patience={algorithm.critic_warmup_patience} ends a warm-up early, and there is none; "
         "set algorithm.critic_warmup_iterations to the most iterations that it may take",
     )
+
+
+def _check_choice(config: RLConfig) -> None:
+    """Raise `ConfigError` if prompts cannot be chosen by the rewards of earlier responses."""
+    algorithm = config.algorithm
+    names = [name for name in ("prompt_replay", "prompt_exploration") if getattr(algorithm, name)]
+    for name in names:
+        value = getattr(algorithm, name)
+        require(
+            config.responses > 1,
+            f"responses={config.responses}: algorithm.{name}={value:g} compares the responses to one prompt; take 2 or "
+            "more",
+        )
+        require(
+            not any(source.streaming for source in config.data.sources),
+            f"algorithm.{name}={value:g} knows a prompt by its number, which a streamed source does not have; leave "
+            f"data.sources[].streaming out, or set algorithm.{name} to 0",
+        )
 
 
 def _check_rounds(config: RLConfig) -> None:

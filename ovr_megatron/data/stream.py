@@ -123,6 +123,16 @@ class RowStream:
         remedy = "remove data.exclude, correct the rows or add other sources"
         raise RowError(where, "messages", f"{_BARREN} rows in a row are excluded or cannot be used", remedy)
 
+    @property
+    def drawn(self) -> int:
+        """Rows drawn so far of all sources, those left out included."""
+        return self._drawn
+
+    def has_epochs(self, source: int) -> bool:
+        """Return whether rows of the source of this number come again: it has an end, and is not streamed."""
+        size = self._sizes[source]
+        return size is not None and size < ENDLESS
+
     def row(self, position: RowPosition) -> Row:
         """Return the row at ``position``, wherever the stream stands.
 

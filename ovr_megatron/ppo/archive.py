@@ -48,6 +48,7 @@ class IterationSummary(TypedDict):
         restarted: indices in the queue of unfinished prompts of those that began again; absent without
             ``rollout.max_staleness``.
         unfinished: indices of the prompts that the next round went on with; absent likewise.
+        mixed: index of each prompt with rewards, and whether these differ; absent where they decide about no prompt.
     """
 
     limit: int
@@ -58,6 +59,7 @@ class IterationSummary(TypedDict):
     postponed: NotRequired[list[int]]
     restarted: NotRequired[list[int]]
     unfinished: NotRequired[list[int]]
+    mixed: NotRequired[list[tuple[int, bool]]]
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ class SavedIteration:
         restarted: as in `Rollout`.
         unfinished: indices of the prompts that the next round went on with.
         where: file and line of the row, by index of its prompt; empty where they are not known.
+        mixed: as in `Rollout`; empty where rewards decide about no later prompt.
     """
 
     limit: int
@@ -87,6 +90,7 @@ class SavedIteration:
     restarted: Sequence[int] | None = None
     unfinished: Sequence[int] = ()
     where: Mapping[int, str] = field(default_factory=dict)
+    mixed: Mapping[int, bool] = field(default_factory=dict)
 
 
 def write(
@@ -128,6 +132,8 @@ def write(
     if rollout.restarted is not None:
         summary["restarted"] = rollout.restarted
         summary["unfinished"] = rollout.unfinished
+    if "history" in stream:
+        summary["mixed"] = list(rollout.mixed.items())
     part = folder / f"{world.rank:05d}"
     steps: list[Callable[[], None] | None] = [
         partial(_make_empty, folder) if world.is_main else None,
@@ -251,6 +257,7 @@ def _saved(summary: IterationSummary, responses: list[Response], where: Mapping[
         summary.get("restarted"),
         summary.get("unfinished", []),
         where,
+        dict(summary.get("mixed", [])),
     )
 
 
@@ -301,6 +308,7 @@ def restore(saved: SavedIteration, prompts: PromptStream) -> Rollout:
         postponed=list(saved.postponed),
         restarted=None if saved.restarted is None else list(saved.restarted),
         unfinished=list(saved.unfinished),
+        mixed=dict(saved.mixed),
     )
 
 
@@ -310,7 +318,7 @@ def _check_rows(rows: Sequence[Row], saved: SavedIteration) -> None:
         if redrawn != where:
             raise ArchiveError(
                 f"prompt {prompt} was {where} when it was archived and is {redrawn} now; give the settings of data, "
-                "reward.rules and algorithm.estimator that drew it"
+                "reward.rules, algorithm.estimator, prompt_replay and prompt_exploration that drew it"
             )
 
 
@@ -321,10 +329,11 @@ def _redraw(prompts: PromptStream, saved: SavedIteration) -> list[Row]:
     if saved.restarted is not None:
         rows = prompts.continue_round(saved.drawn, saved.restarted)
         prompts.keep_unfinished(saved.unfinished)
-        return rows
-    prompts.restart(range(prompts.unfinished))
-    rows = prompts.draw_postponed(saved.drawn) if saved.long else prompts.draw(saved.drawn)
-    prompts.postpone(saved.postponed)
+    else:
+        prompts.restart(range(prompts.unfinished))
+        rows = prompts.draw_postponed(saved.drawn) if saved.long else prompts.draw(saved.drawn)
+        prompts.postpone(saved.postponed)
+    prompts.observe(prompts.round_positions, saved.mixed)
     return rows
 
 

@@ -32,6 +32,7 @@ from ovr_megatron.ppo.batch import Batch, Response, balance_prompts
 from ovr_megatron.ppo.estimators import Estimate, EstimatorInput, find_estimator
 from ovr_megatron.ppo.losses import kl_estimate
 from ovr_megatron.ppo.rollouts import Rollout
+from ovr_megatron.ppo.sources import ResponseSources, response_sources
 from ovr_megatron.ppo.warmup import CriticWarmup, WarmupState, policy_steps
 from ovr_megatron.runtime.distributed import World
 from ovr_megatron.runtime.exchange import exchange, gather_objects
@@ -100,6 +101,7 @@ class Experience:
             them.
         reference: log-probabilities of the reference; None without one, and where nothing reads them.
         teacher: log-probabilities of the teacher, from which the loss takes its part of the advantages; likewise.
+        sources: of the responses.
     """
 
     responses: list[Response]
@@ -109,15 +111,17 @@ class Experience:
     old: Ragged | None = None
     reference: Ragged | None = None
     teacher: Ragged | None = None
+    sources: ResponseSources = field(default_factory=ResponseSources)
 
 
 @dataclass
 class CriticBatch:
-    """The critic's share of the responses, in its own layout, with values [n] and returns [n] for each."""
+    """The critic's share of the responses, in its own layout, with values [n], returns [n] and the source of each."""
 
     batch: Batch
     values: Ragged
     returns: Ragged
+    sources: ResponseSources = field(default_factory=ResponseSources)
 
 
 def compute_experience(
@@ -136,7 +140,8 @@ def compute_experience(
         What the policy learns from, and what the critic does; None without a critic.
     """
     algorithm = models.config.algorithm
-    experience = Experience(responses, batch, [])
+    sources = response_sources(rollout.prompts.rows, responses)
+    experience = Experience(responses, batch, [], sources=sources)
     pack_members = batch.group_into_packs(range(len(batch)))
     kl_in_reward = models.reference is not None and algorithm.kl_in == "reward"
     may_learn = models.warmup.may_train_policy(iteration)
@@ -231,7 +236,7 @@ def _compute_with_critic(
     prompts = [r.prompt for r in responses]
     advantages, returns = estimate(algorithm, rewards, prompts, values)
     assert returns is not None, "an estimator that needs values returns what the critic learns"
-    critic_batch = CriticBatch(batch, values, returns)
+    critic_batch = CriticBatch(batch, values, returns, response_sources(rollout.prompts.rows, responses))
     if same_layout:
         return critic_batch, values, advantages
     # Values and advantages travel together, in one exchange instead of two.

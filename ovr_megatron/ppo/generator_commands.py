@@ -79,6 +79,7 @@ class Delivery:
     postponed: list[int] = field(default_factory=list)
     restarted: list[int] | None = None
     unfinished: list[int] = field(default_factory=list)
+    mixed: dict[int, bool] = field(default_factory=dict)
     stopped: Stop = Stop.NO
 
 

@@ -285,6 +285,7 @@ class Generators:
             delivery.postponed,
             delivery.restarted,
             delivery.unfinished,
+            mixed=delivery.mixed,
         )
         groups = {} if delivery.restarted is None else receive_groups(self._job)
         metrics = delivery.metrics | {"timing/rollout": delivery.seconds}

@@ -163,7 +163,7 @@ class Clock:
 
 
 def response_metrics(rollout: Rollout) -> dict[str, float]:
-    """Return reward, length and stopping over all ranks, and reward and length of each source.  A collective.
+    """Return reward, length and stopping over all ranks, and of each source.  A collective.
 
     A response without a reward counts in no mean of rewards, and a prompt that was given up in no mean at all.
     ``grading/failed`` counts the responses on which no grader came to a verdict.
@@ -211,10 +211,11 @@ def _source_metrics(source: str, sums: Sequence[float]) -> dict[str, float]:
         source: its name.
         sums: the row of the source in `response_metrics`.
     """
-    rewarded, reward, answered, length, _, failed = sums
+    rewarded, reward, answered, length, stopped, failed = sums
     metrics = {f"grading/failed/source/{source}": failed}
     if rewarded:
         metrics[f"reward/source/{source}"] = reward / rewarded
     if answered:
         metrics[f"response/length/source/{source}"] = length / answered
+        metrics[f"response/stopped/source/{source}"] = stopped / answered
     return metrics

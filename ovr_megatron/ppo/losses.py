@@ -63,13 +63,28 @@ class ResponseSegments:
 
 
 # Takes log pi [n] with a gradient, log pi_old [n], advantages [n], the tokens' responses, and the settings; returns
-# the loss of each token [n], and sums over the tokens by name, whose means are logged as ``policy/NAME``.
+# the loss of each token [n], and statistics by name, whose means over the tokens are logged as ``policy/NAME``: a value
+# of each token [n], which is logged for each source, too, or their sum, a scalar.
 PolicyLoss = Callable[[Tensor, Tensor, Tensor, ResponseSegments, AlgorithmConfig], tuple[Tensor, dict[str, Tensor]]]
 
 
 def clip_bounds(settings: AlgorithmConfig) -> tuple[float, float]:
     """Return ``clip`` and ``clip_high``; 0 means as ``clip``, so that the plain form needs one setting."""
     return settings.clip, settings.clip_high or settings.clip
+
+
+def clip_statistics(low: Tensor, high: Tensor) -> dict[str, Tensor]:
+    """Return 1 for each token that is clipped, else 0, [n]: at either bound, at the lower one and at the upper one.
+
+    Args:
+        low: bool [n], whether the ratio of the token has fallen below its bound.
+        high: bool [n], whether it has risen above its bound.
+    """
+    return {
+        "clip_fraction": (low | high).float(),
+        "clip_fraction_low": low.float(),
+        "clip_fraction_high": high.float(),
+    }
 
 
 def clipped_surrogate(ratio: Tensor, advantages: Tensor, settings: AlgorithmConfig) -> tuple[Tensor, dict[str, Tensor]]:
@@ -84,20 +99,19 @@ def clipped_surrogate(ratio: Tensor, advantages: Tensor, settings: AlgorithmConf
         settings: ``clip`` and ``clip_high``, how far rho may lie below and above 1, and ``dual_clip``.
 
     Returns:
-        Losses [n], and the number of clipped tokens as ``clip_fraction``, with ``dual_clip`` of those at its bound as
-        ``dual_clip_fraction``.
+        Losses [n], and `clip_statistics`, with ``dual_clip`` also ``dual_clip_fraction``, 1 for a token at its bound.
     """
     low, high = clip_bounds(settings)
     surrogate = ratio * advantages
     clipped_surrogate = ratio.clamp(1 - low, 1 + high) * advantages
     clipped = clipped_surrogate < surrogate
     losses = -torch.minimum(surrogate, clipped_surrogate)
-    statistics = {"clip_fraction": clipped.float().sum()}
+    statistics = clip_statistics(clipped & (advantages < 0), clipped & (advantages > 0))
     if settings.dual_clip:
         bounds = -settings.dual_clip * advantages
         bounded = (advantages < 0) & (losses > bounds)
         losses = torch.where(bounded, bounds, losses)
-        statistics["dual_clip_fraction"] = bounded.float().sum()
+        statistics["dual_clip_fraction"] = bounded.float()
     return losses, statistics
 
 
@@ -140,7 +154,7 @@ def cispo_loss(
     low, high = clip_bounds(settings)
     ratio = (logprobs - old).detach().exp()
     weights = ratio.clamp(1 - low, 1 + high)
-    return -weights * advantages * logprobs, {"clip_fraction": (weights != ratio).float().sum()}
+    return -weights * advantages * logprobs, clip_statistics(weights > ratio, weights < ratio)
 
 
 def gmpo_loss(
@@ -159,7 +173,8 @@ def gmpo_loss(
     geometric_mean = segments.mean(clipped).exp()
     # The gradient stays on the token's own rank, as that of `gspo_loss`; a clipped token has none.
     token_ratio = (clipped - clipped.detach()).exp()
-    return -geometric_mean * token_ratio * advantages, {"clip_fraction": (clipped != difference).float().sum()}
+    statistics = clip_statistics(clipped > difference, clipped < difference)
+    return -geometric_mean * token_ratio * advantages, statistics
 
 
 def sapo_loss(
@@ -174,7 +189,7 @@ def sapo_loss(
     temperatures = torch.where(advantages > 0, settings.sapo_positive, settings.sapo_negative).to(ratio.dtype)
     openings = torch.sigmoid(temperatures * (ratio - 1))
     gates = (4 * openings * (1 - openings)).detach()
-    return -4 / temperatures * openings * advantages, {"gate": gates.sum()}
+    return -4 / temperatures * openings * advantages, {"gate": gates}
 
 
 def dppo_tv_loss(
@@ -224,8 +239,7 @@ def _divergence_masked(
     ratio = (logprobs - old).exp()
     risen = (advantages > 0) & (ratio > 1) & (divergences > high)
     fallen = (advantages < 0) & (ratio < 1) & (divergences > low)
-    masked = risen | fallen
-    return -(ratio * advantages).masked_fill(masked, 0.0), {"clip_fraction": masked.float().sum()}
+    return -(ratio * advantages).masked_fill(risen | fallen, 0.0), clip_statistics(fallen, risen)
 
 
 # docs/algorithms.md has the equation and the source of each.

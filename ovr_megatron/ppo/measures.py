@@ -1,10 +1,11 @@
-"""Compute what an iteration is watched by besides its losses: spread of rewards and lengths, MFU, sample texts."""
+"""Compute what an iteration is watched by besides its losses: rewards, lengths, repetition, MFU, sample texts."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
 from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,43 +15,80 @@ from ovr_megatron.model.flops import training_flops
 from ovr_megatron.ppo.batch import Response
 from ovr_megatron.ppo.experience import Experience, Models, sum_over_dp
 from ovr_megatron.ppo.rollouts import Rollout
+from ovr_megatron.ppo.sources import source_names
 from ovr_megatron.runtime.exchange import gather_objects
 
 PERCENTILES = (50, 90, 99)
 SHOWN_CHARACTERS = 2000  # of a sample text
 
 
+class ResponseSummary(NamedTuple):
+    """What the spread of responses is computed from: prompt, reward, length in tokens, `repetition` of one."""
+
+    prompt: int
+    reward: float
+    length: int
+    repetition: float
+
+
 def spread_metrics(rollout: Rollout) -> dict[str, float]:
-    """Return how rewards and lengths are spread over the responses of all ranks.  A collective.
+    """Return how rewards and lengths are spread over the responses of all ranks, and of each source.  A collective.
 
     ``response/reward_std`` is over all responses, ``response/mixed_prompts`` the share of prompts whose responses
     differ in reward: only these tell the policy anything by comparison.  Lengths are in tokens.
+    ``response/repetition`` is the mean of `repetition`.
     """
     local_responses = []
     for r in rollout.responses:
         if r.tokens:
-            local_responses.append((r.prompt, r.reward, len(r.tokens)))
+            local_responses.append(ResponseSummary(r.prompt, r.reward, len(r.tokens), repetition(r.tokens)))
     ranks = gather_objects(local_responses)  # not reduced: a percentile needs every length
-    rewards: list[float] = []
-    lengths: list[int] = []
-    rewards_of_prompt: dict[int, set[float]] = defaultdict(set)
-    for prompt, reward, length in chain.from_iterable(ranks):
-        rewards.append(reward)
-        lengths.append(length)
-        rewards_of_prompt[prompt].add(reward)
-    if not rewards:
+    responses = list(chain.from_iterable(ranks))
+    if not responses:
         return {}
+    metrics = _describe_spread(responses)
+    rows = rollout.prompts.rows
+    for source in source_names(rows):
+        of_source = [r for r in responses if rows[r.prompt].source == source]
+        if of_source:
+            for name, value in _describe_spread(of_source).items():
+                metrics[f"{name}/source/{source}"] = value
+    return metrics
+
+
+def _describe_spread(responses: Sequence[ResponseSummary]) -> dict[str, float]:
+    """Return the metrics of `spread_metrics` of ``responses``, at least one."""
+    rewards_of_prompt: dict[int, set[float]] = defaultdict(set)
+    for r in responses:
+        rewards_of_prompt[r.prompt].add(r.reward)
     mixed_prompts = sum(len(distinct) > 1 for distinct in rewards_of_prompt.values())
-    reward_std = np.array(rewards).std()
+    lengths = [r.length for r in responses]
     metrics = {
-        "response/reward_std": float(reward_std),
+        "response/reward_std": float(np.std([r.reward for r in responses])),
         "response/mixed_prompts": mixed_prompts / len(rewards_of_prompt),
+        "response/repetition": float(np.mean([r.repetition for r in responses])),
     }
     for percentile in PERCENTILES:
         tokens = np.percentile(lengths, percentile)
         metrics[f"response/length_p{percentile}"] = float(tokens)
     metrics["response/length_max"] = float(max(lengths))
     return metrics
+
+
+def repetition(tokens: Sequence[int]) -> float:
+    """Return the share of the 4-grams of ``tokens`` that stand further to the left as well; 0 of fewer than 4 tokens.
+
+    It is seq-rep-4 of Welleck et al. 2020, "Neural text generation with unlikelihood training": 0 where every 4-gram
+    is new, nearly 1 in a loop.  Unlike `ovr_megatron.rewards.repetition.repeatness` it takes a sort of n numbers alone.
+    """
+    if len(tokens) < 4:
+        return 0.0
+    ids = np.asarray(tokens, np.int64)
+    pairs = ids[:-1] * (ids.max() + 1) + ids[1:]
+    # Ranks in the place of pairs, so that two of them fit into 64 bits.
+    distinct_pairs, ranks = np.unique(pairs, return_inverse=True)
+    fours = ranks[:-2].astype(np.int64) * len(distinct_pairs) + ranks[2:]
+    return 1.0 - len(np.unique(fours)) / len(fours)
 
 
 def update_flops(models: Models, experience: Experience, iteration: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -17,6 +18,7 @@ from ovr_megatron.model.scores import Scores
 from ovr_megatron.ppo.corrections import Correction, CorrectionInput, correction_bounds, find_correction
 from ovr_megatron.ppo.losses import ResponseSegments, find_loss, kl_estimate, value_loss
 from ovr_megatron.ppo.mismatch import Mismatch
+from ovr_megatron.ppo.sources import SourceMeans
 from ovr_megatron.runtime.device import send
 
 
@@ -25,26 +27,35 @@ class PolicyObjective:
 
     It reads ``advantages`` and ``rollout_logprobs`` of a pack, and where the pack has them ``old_logprobs`` (else the
     step is strictly on-policy: the old log-probabilities are the current ones, detached), ``reference_logprobs``,
-    ``teacher_logprobs``, ``weights``, ``positive_nll_weights``, ``modalities`` and ``staleness``.  The loss of a token
-    is multiplied by the weight that ``algorithm.correction`` gives it.
+    ``teacher_logprobs``, ``weights``, ``positive_nll_weights``, ``modalities``, ``staleness`` and ``sources``.  The
+    loss of a token is multiplied by the weight that ``algorithm.correction`` gives it.
 
     Args:
         config: the settings.
         cp: the context-parallel ranks of the policy, each of which has a part of every response; None: this rank has
             all of them.
         by_staleness: whether the packs of all ranks have ``staleness``.
+        sources: names of the sources, whose index is in ``sources`` of a pack; none: the packs have no such array.
 
     Attributes:
         mismatch: differences between old log-probabilities and the rollout engine's.
+        source_means: entropy, divergences and the loss's statistics of the tokens of each source.
 
     Raises:
         RegistryError: there is no such loss or correction.
         ConfigError: the correction cannot have these bounds.
     """
 
-    def __init__(self, config: AlgorithmConfig, cp: dist.ProcessGroup | None = None, by_staleness: bool = False):
+    def __init__(
+        self,
+        config: AlgorithmConfig,
+        cp: dist.ProcessGroup | None = None,
+        by_staleness: bool = False,
+        sources: Sequence[str] = (),
+    ):
         self.config = config
         self.mismatch = Mismatch(by_staleness)
+        self.source_means = SourceMeans(sources)
         self.loss = find_loss(config.loss)
         self.correction = find_correction(config.correction) if config.correction else None
         self.bounds = correction_bounds(config) if config.correction else (0.0, math.inf)
@@ -72,22 +83,22 @@ class PolicyObjective:
         response_count = len(pack.cu_seqlens) - 1
         segments = ResponseSegments(response_ids, response_count, self.sum_over_ranks)
         losses, statistics = self.loss(logprobs, old, advantages, segments, config)
-        # Detached, as these are only logged: a gradient would keep the graph of every pack.
-        sums = {"entropy": entropy.detach().sum()}
+        # Of each token, detached, as these are only logged: a gradient would keep the graph of every pack.
+        values = {"entropy": entropy.detach()}
         for name, value in statistics.items():
-            sums[f"policy/{name}"] = value.detach()
-        sums["rollout_kl"] = kl_estimate(rollout, old, "k3").sum()
+            values[f"policy/{name}"] = value.detach()
+        values["rollout_kl"] = kl_estimate(rollout, old, "k3")
         if teacher_kl is not None:
-            sums["teacher_kl"] = teacher_kl.sum()
+            values["teacher_kl"] = teacher_kl
+        correction_sums: dict[str, Tensor] = {}
         staleness = scores.beside(pack, "staleness") if "staleness" in pack.extras else None
         if self.correction is not None:
             importance, correction_sums = self._importance(self.correction, old - rollout, segments, staleness)
             losses = losses * importance
-            sums |= correction_sums
         if "reference_logprobs" in pack.extras:
             reference = scores.beside(pack, "reference_logprobs")
             divergence = kl_estimate(logprobs, reference, config.kl_form)
-            sums["reference_kl"] = divergence.detach().sum()
+            values["reference_kl"] = divergence.detach()
             if config.kl_in == "loss":
                 losses = losses + config.kl_coefficient * divergence
         if config.entropy_bonus:
@@ -95,6 +106,11 @@ class PolicyObjective:
         if "modalities" in pack.extras:
             difference = (old - rollout).abs()
             self.mismatch.add(difference, scores.beside(pack, "modalities"), staleness)
+        if "sources" in pack.extras:
+            # A loss may give the sum of a statistic alone, which no source has a part of.
+            token_values = {name: value for name, value in values.items() if value.dim()}
+            self.source_means.add(token_values, scores.beside(pack, "sources"))
+        sums = {name: value.sum() for name, value in values.items()} | correction_sums
         result = sum_weighted(losses, scores, pack, sums)
         if "positive_nll_weights" in pack.extras:
             # Beside the weighted losses: it is a mean over the tokens of right responses whatever the reduction.

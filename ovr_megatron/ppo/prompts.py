@@ -12,6 +12,7 @@ from ovr_megatron.data.samples import Sample
 from ovr_megatron.data.schema import Row, RowError
 from ovr_megatron.data.skipped import SkippedRows, lengths_or_errors
 from ovr_megatron.data.stream import RowPosition, RowStream, StreamState
+from ovr_megatron.ppo.prompt_history import HistoryState, PromptHistory
 from ovr_megatron.rewards.judge_templates import JudgeTemplate
 from ovr_megatron.rewards.references import check_reference
 from ovr_megatron.rewards.verdict import RewardRule, RuleError
@@ -26,18 +27,21 @@ class PromptState(StreamState):
         postponed: source and index of each prompt that waits for a long round; absent where none does.
         unfinished: the same of each prompt whose responses the next round continues; absent where there are none.
         returned: the same of each prompt that is drawn before the stream's next; absent where there are none.
+        history: the rewards of earlier groups; absent where they decide nothing.
     """
 
     postponed: NotRequired[list[list[int]]]
     unfinished: NotRequired[list[list[int]]]
     returned: NotRequired[list[list[int]]]
+    history: NotRequired[HistoryState]
 
 
 class PromptStream:
     """Prompts from a stream of rows, without those that are too long or, where there is a list, unusable.
 
     With `draw_round` and `postpone` it also has a queue of the prompts that an oversampled round did not wait for, or
-    with `continue_round` and `keep_unfinished` of those whose responses go on in the next round.
+    with `continue_round` and `keep_unfinished` of those whose responses go on in the next round.  With a history it
+    draws by the rewards that `observe` is given.
 
     Attributes:
         dropped: Rows drawn and left out so far.
@@ -51,6 +55,7 @@ class PromptStream:
         skipped: SkippedRows | None = None,
         judges: Mapping[str, JudgeTemplate] = MappingProxyType({}),
         needs_answers: bool = True,
+        history: PromptHistory | None = None,
     ):
         """Draw from ``stream``.
 
@@ -61,6 +66,8 @@ class PromptStream:
             skipped: Lists rows that cannot be used; None stops at the first.
             judges: Templates of the judges by name, whose fields rows must have.
             needs_answers: Whether a row with an answer that its rule cannot verify is refused.
+            history: Decides which prompts come again and which turns are skipped; None: each prompt is drawn at its
+                turn.
 
         Raises:
             RuleError: a rule is given for a source that no row has.
@@ -76,6 +83,7 @@ class PromptStream:
         self.judges = judges
         self.skipped = skipped
         self.needs_answers = needs_answers
+        self._history = history
         self.dropped = 0
         self._postponed: list[RowPosition] = []
         self._unfinished: list[RowPosition] = []
@@ -92,6 +100,8 @@ class PromptStream:
             state["unfinished"] = [list(position) for position in self._unfinished]
         if self._returned:
             state["returned"] = [list(position) for position in self._returned]
+        if self._history:
+            state["history"] = self._history.state()
         return state
 
     def load(self, state: PromptState) -> None:
@@ -104,7 +114,14 @@ class PromptStream:
         self._postponed = [RowPosition(*position) for position in state.get("postponed", [])]
         self._unfinished = [RowPosition(*position) for position in state.get("unfinished", [])]
         self._returned = [RowPosition(*position) for position in state.get("returned", [])]
+        if self._history:
+            self._history.load(state.get("history"))
         self._round = []
+
+    @property
+    def round_positions(self) -> list[RowPosition]:
+        """Positions of the prompts drawn last, in order."""
+        return list(self._round)
 
     @property
     def postponed(self) -> int:
@@ -171,8 +188,31 @@ class PromptStream:
         """Have the next round continue those prompts of the round drawn last."""
         self._unfinished = [self._round[i] for i in indices]
 
+    def observe(self, positions: Sequence[RowPosition], mixed: Mapping[int, bool]) -> dict[str, float]:
+        """Take the rewards of an iteration, which later draws depend on; return metrics of its draws.
+
+        Without a history it does nothing.
+
+        Args:
+            positions: `round_positions` of all draws of the iteration, in order.
+            mixed: By index of the prompt, whether the rewards of its responses differ; without prompts that have no
+                rewards, or have them later.
+        """
+        if self._history is None:
+            return {}
+        metrics = {
+            "data/replayed_prompts": float(self._history.replayed),
+            "data/skipped_turns": float(self._history.skipped),
+        }
+        groups = []
+        for index, differ in mixed.items():
+            position = positions[index]
+            groups.append((position, differ, self.stream.has_epochs(position.source)))
+        self._history.observe(groups)
+        return metrics
+
     def draw(self, count: int) -> list[Row]:
-        """Return the next ``count`` prompts, first those that were returned.
+        """Return the next ``count`` prompts: those that were returned, those to be repeated, then those at their turn.
 
         Raises:
             RowError: a row that cannot be used or an answer that no grader could verify, unless there is a list for
@@ -180,8 +220,10 @@ class PromptStream:
         """
         self._round = self._returned[:count]
         self._returned = self._returned[count:]
+        if self._history:
+            self._round += self._history.take_replays(count - len(self._round))
         rows = [self.stream.row(position) for position in self._round]
-        returned = len(rows)
+        earlier = len(rows)
         dropped_before = self.dropped
         while len(rows) < count:
             missing = count - len(rows)
@@ -191,7 +233,7 @@ class PromptStream:
                 rows.append(row)
                 self._round.append(position)
             dropped_now = self.dropped - dropped_before
-            if len(rows) == returned and dropped_now >= MOST_DROPPED:
+            if len(rows) == earlier and dropped_now >= MOST_DROPPED:
                 error = errors[0]
                 problem = f"{error.problem}; so it is with {dropped_now} prompts in a row"
                 remedy = "correct the rows"
@@ -205,8 +247,7 @@ class PromptStream:
         # All at once: the stream lists the rows that it leaves out before the answers are looked at.
         drawn: list[tuple[Row, RowPosition]] = []
         for _ in range(count):
-            row = next(self.stream)
-            drawn.append((row, self.stream.last_position))
+            drawn.append(self._next_row())
         sound: list[tuple[Row, RowPosition]] = []
         answer_errors: list[RowError] = []
         for row, position in drawn:
@@ -225,6 +266,14 @@ class PromptStream:
             else:
                 length_errors.append(length)
         return fitting, length_errors + answer_errors
+
+    def _next_row(self) -> tuple[Row, RowPosition]:
+        """Return the next row of the stream that takes its turn, and its position."""
+        while True:
+            row = next(self.stream)
+            position = self.stream.last_position
+            if self._history is None or self._history.takes_turn(position, self.stream.drawn):
+                return row, position
 
     def _problem(self, row: Row) -> RowError | None:
         """Return why the row's answer cannot be verified, or None; list the problem, or raise it without a list."""

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from ovr_megatron.config import RLConfig, Sampling
 from ovr_megatron.data.processing import Processor
+from ovr_megatron.data.stream import RowPosition
 from ovr_megatron.ppo.batch import Response, seeds_of
 from ovr_megatron.ppo.counters import RolloutCounters
 from ovr_megatron.ppo.engine_round import EngineRound
@@ -76,6 +77,7 @@ class Rollout:
         restarted: in a round that goes on with unfinished responses, indices in the queue of unfinished prompts of
             those that began again; None in any other round.
         unfinished: the prompts whose responses the next round goes on with, the same on all ranks.
+        mixed: by prompt whose responses are all graded, whether their rewards differ, the same on all ranks.
         timeline: of this rank; generation adds what it does.
     """
 
@@ -88,6 +90,7 @@ class Rollout:
     postponed: list[int] = field(default_factory=list)
     restarted: list[int] | None = None
     unfinished: list[int] = field(default_factory=list)
+    mixed: dict[int, bool] = field(default_factory=dict)
     timeline: Timeline = field(default_factory=Timeline)
 
     @property
@@ -146,10 +149,11 @@ class Rollouts:
         rollout = Rollout(Prompts([], self.processor), limit, timeline=timeline or Timeline())
         rows = rollout.prompts.rows
         tokens: dict[int, int] = {}
-        unequal: list[int] = []
+        positions: list[RowPosition] = []
         for sampling_round in range(max(dynamic_sampling, 1)):
             first = len(rows)
             work = self._draw(prompts, rollout, iteration)
+            positions += prompts.round_positions
             indices = range(first, len(rows))
             # A name of its own: the store keeps the counters of earlier queues, also of another run in this process.
             name = f"{iteration}.{sampling_round}#{next(_rounds)}"
@@ -159,10 +163,9 @@ class Rollouts:
             groups = self._group_rewards(responses, rollout)
             for prompt, group in groups.items():
                 tokens[prompt] = group.tokens
-                if group.differ:
-                    unequal.append(prompt)
+                rollout.mixed[prompt] = group.differ
             # All ranks have gathered the same groups, so that they leave the loop in the same round.
-            if not dynamic_sampling or len(unequal) >= config.prompts:
+            if not dynamic_sampling or sum(rollout.mixed.values()) >= config.prompts:
                 break
         asked = len(rows) - len(rollout.postponed) - len(rollout.unfinished)
         if len(tokens) * 2 <= asked:
@@ -173,8 +176,8 @@ class Rollouts:
             )
         order = list(tokens)
         if dynamic_sampling:
-            unequal_prompts = set(unequal)
-            equal = [prompt for prompt in tokens if prompt not in unequal_prompts]
+            unequal = [prompt for prompt in tokens if rollout.mixed[prompt]]
+            equal = [prompt for prompt in tokens if not rollout.mixed[prompt]]
             order = unequal + equal
             rollout.metrics["data/drawn_prompts"] = len(rows)
             rollout.metrics["data/unequal_prompts"] = len(unequal) / len(rows)
@@ -182,6 +185,7 @@ class Rollouts:
         for prompt in sorted(order[: config.prompts]):
             rollout.train_prompts[prompt] = tokens[prompt]
         self._leave_to_later(prompts, rollout)
+        rollout.metrics |= prompts.observe(positions, rollout.mixed)
         return rollout
 
     def _leave_to_later(self, prompts: PromptStream, rollout: Rollout) -> None:

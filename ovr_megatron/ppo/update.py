@@ -14,7 +14,18 @@ from ovr_megatron.ppo.experience import CriticBatch, Experience, Models, sum_ove
 from ovr_megatron.ppo.mismatch import token_modalities
 from ovr_megatron.ppo.objectives import PolicyObjective, ValueObjective
 from ovr_megatron.ppo.reductions import positive_nll_weights, token_weights
+from ovr_megatron.ppo.sources import SourceMeans
 from ovr_megatron.ppo.staleness import has_older_tokens, token_staleness
+
+# Names in the log of what `PolicyObjective` sums; what begins with its group has its name already.
+LOGGED_NAMES = {
+    "entropy": "policy/entropy",
+    "rollout_kl": "rollout/kl",
+    "importance": "rollout/importance",
+    "sample_size": "rollout/effective_sample_size",
+    "reference_kl": "policy/reference_kl",
+    "teacher_kl": "policy/teacher_kl",
+}
 
 
 def update_critic(models: Models, critic_batch: CriticBatch) -> dict[str, float]:
@@ -55,12 +66,19 @@ def value_metrics(models: Models, critic_batch: CriticBatch) -> dict[str, float]
     return_moments = sum_over_dp(moments(critic_batch.returns), critic.layout)
     value_mean, value_std = mean_and_std(value_moments)
     return_mean, _ = mean_and_std(return_moments)
-    return {
+    metrics = {
         "critic/value_mean": value_mean,
         "critic/value_std": value_std,
         "critic/return_mean": return_mean,
         "critic/explained_variance": explained_variance(error_moments, return_moments),
     }
+    sources = critic_batch.sources
+    for i, name in enumerate(sources.names):
+        source_errors = sum_over_dp(moments(sources.of(errors, i)), critic.layout)
+        source_returns = sum_over_dp(moments(sources.of(critic_batch.returns, i)), critic.layout)
+        if source_returns[0]:  # tokens
+            metrics[f"critic/explained_variance/source/{name}"] = explained_variance(source_errors, source_returns)
+    return metrics
 
 
 def critic_packs(models: Models, critic_batch: CriticBatch, step: int) -> list[Pack]:
@@ -93,7 +111,10 @@ def update_policy(models: Models, experience: Experience, iteration: int) -> dic
     by_staleness = has_older_tokens(experience.responses, models.config.rollout.max_staleness)
     if by_staleness:
         token_arrays["staleness"] = token_staleness(experience.responses, iteration)
-    objective = PolicyObjective(config, models.policy.groups.cp, by_staleness)
+    sources = experience.sources
+    if sources.names:
+        token_arrays["sources"] = sources.token_indices(batch.lengths)
+    objective = PolicyObjective(config, models.policy.groups.cp, by_staleness, sources.names)
     # As many on every rank, also on one that has no responses in a step.
     step_count = min(config.policy_steps, batch.total)
     step_metrics = []
@@ -104,7 +125,19 @@ def update_policy(models: Models, experience: Experience, iteration: int) -> dic
             if objective.correction is not None:
                 step_metrics[-1]["sample_size"] = effective_sample_size(step_metrics[-1])
     mismatch = objective.mismatch.metrics()  # after the last step, as it waits for the device
-    return policy_metrics(mean_over_steps(step_metrics), mismatch)
+    metrics = policy_metrics(mean_over_steps(step_metrics), mismatch)
+    if sources.names:
+        metrics |= source_metrics(objective.source_means)
+    return metrics
+
+
+def source_metrics(source_means: SourceMeans) -> dict[str, float]:
+    """Return the metrics of each source, under the names of the log.  A collective."""
+    metrics = {}
+    for source, means in source_means.means().items():
+        for name, mean in means.items():
+            metrics[f"{LOGGED_NAMES.get(name, name)}/source/{source}"] = mean
+    return metrics
 
 
 def effective_sample_size(means: dict[str, float]) -> float:
@@ -127,23 +160,13 @@ def policy_metrics(means: dict[str, float], mismatch: dict[str, float]) -> dict[
         means: over the iteration's steps.
         mismatch: those of `Mismatch.metrics`.
     """
-    metrics = {
-        "policy/loss": means["loss"],
-        "policy/entropy": means["entropy"],
-    }
+    metrics = {"policy/loss": means["loss"]}
     for key, value in means.items():
         if key.startswith(("policy/", "rollout/")):  # statistics of the loss and of the correction
             metrics[key] = value
     metrics["policy/grad_norm"] = means["grad_norm"]
     metrics |= mismatch
-    logged_names = {
-        "rollout_kl": "rollout/kl",
-        "importance": "rollout/importance",
-        "sample_size": "rollout/effective_sample_size",
-        "reference_kl": "policy/reference_kl",
-        "teacher_kl": "policy/teacher_kl",
-    }
-    for key, name in logged_names.items():
+    for key, name in LOGGED_NAMES.items():
         if key in means:
             metrics[name] = means[key]
     return metrics
@@ -153,7 +176,8 @@ def policy_packs(models: Models, experience: Experience, token_arrays: Mapping[s
     """Build the packs of the policy's step ``step``, with what its objective reads.  A collective.
 
     ``token_arrays`` has further arrays [n] of each response by name, the same names on all ranks: ``modalities``
-    (`token_modalities`) and, where responses have versions, ``staleness`` (`token_staleness`).
+    (`token_modalities`), where responses have versions ``staleness`` (`token_staleness`), and where there are several
+    sources ``sources`` (`ResponseSources.token_indices`).
     """
     config = models.config.algorithm
     batch = experience.batch

@@ -143,4 +143,5 @@ def _delivery(rollout: Rollout, stream: PromptState, seconds: float) -> Delivery
         rollout.postponed,
         rollout.restarted,
         rollout.unfinished,
+        rollout.mixed,
     )

@@ -20,6 +20,7 @@ from ovr_megatron.ppo.archive import ArchiveError
 from ovr_megatron.ppo.corrections import correction_bounds
 from ovr_megatron.ppo.experience import Models
 from ovr_megatron.ppo.losses import check_loss
+from ovr_megatron.ppo.prompt_history import PromptHistory
 from ovr_megatron.ppo.prompts import PromptStream
 from ovr_megatron.ppo.rollouts import Rollouts
 from ovr_megatron.ppo.warmup import CriticWarmup, policy_steps
@@ -56,7 +57,10 @@ def open_model_and_prompts(config: RLConfig, skipped: SkippedRows | None) -> tup
     stream = open_stream(config.data, config.run.seed, skipped)
     judges = open_templates(config.reward.judges)
     needs_answers = config.algorithm.learns_from_rewards
-    prompts = PromptStream(stream, processor, config.reward.rules, skipped, judges, needs_answers)
+    history = None
+    if config.algorithm.chooses_prompts:
+        history = PromptHistory(config.algorithm, config.run.seed)
+    prompts = PromptStream(stream, processor, config.reward.rules, skipped, judges, needs_answers, history)
     return model_folder, prompts
 
 

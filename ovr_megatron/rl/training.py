@@ -19,6 +19,7 @@ from ovr_megatron.config import ColdStartConfig, ConfigError, RLConfig
 from ovr_megatron.data.skipped import skipped_rows
 from ovr_megatron.evaluation.periodic import PeriodicEvaluation
 from ovr_megatron.ppo import archive
+from ovr_megatron.ppo.advantage_histogram import advantage_metrics
 from ovr_megatron.ppo.advantages import Ragged
 from ovr_megatron.ppo.batch import Response
 from ovr_megatron.ppo.generators import Generators, ahead_of, iterate_split
@@ -51,6 +52,7 @@ from ovr_megatron.runtime.starts import LaunchArgs
 from ovr_megatron.runtime.steps import matrix_rate, peak_gib
 from ovr_megatron.runtime.stop import Stop, StopRequested
 from ovr_megatron.runtime.terminal import say
+from ovr_megatron.runtime.trackers.protocol import Histogram
 
 logger = get_logger(__name__)
 
@@ -291,12 +293,14 @@ class RL:
             return None
         metrics = result.metrics
         metrics["data/dropped_prompts"] = self.prompts.dropped - dropped_before
-        self._add_metrics(result, iteration)
+        advantages = self._add_metrics(result, iteration)
         timeline = gather_timeline(result.timeline, result.rollout.lengths, result.rollout.limit)
         self._archive(result, iteration, stream_state)
         self._evaluate(result, iteration)
         if self.log:
             self.log.timeline(iteration, timeline)
+            if advantages is not None:
+                self.log.histogram(iteration, "advantage", advantages)
             self._write_log(self.log, result, iteration)
         self._state = {"prompts": self.prompts.state(), "curriculum": metrics["curriculum/max_tokens"]}
         self.next_iteration += 1
@@ -386,8 +390,11 @@ class RL:
         rollout = archive.restore(saved, self.prompts)
         return learn(self.models, rollout, iteration, Clock())
 
-    def _add_metrics(self, result: IterationResult, iteration: int) -> None:
-        """Add what the run measures to the metrics of ``result``.  A collective."""
+    def _add_metrics(self, result: IterationResult, iteration: int) -> Histogram | None:
+        """Add what the run measures to the metrics of ``result``; return the histogram of the advantages.
+
+        A collective.
+        """
         metrics = result.metrics
         # That of the iteration before: this one is saved after its metrics are logged.
         metrics["timing/save"] = self.checkpoints.save_seconds
@@ -397,7 +404,11 @@ class RL:
             metrics[f"{name}/skipped"] = engine.skipped
         metrics["memory/peak_gib"] = peak_gib()
         metrics |= spread_metrics(result.rollout)
+        experience = result.experience
+        values, advantages = advantage_metrics(experience.advantages, experience.sources, self.world.layout)
+        metrics |= values
         metrics |= mfu_metrics(self.models, result.experience, iteration, metrics, self.peak_flops)
+        return advantages
 
     def _archive(self, result: IterationResult, iteration: int, stream_state: PromptState) -> None:
         """Archive the rollouts of ``result``; a full disk is a warning.  A collective.

@@ -13,25 +13,18 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from vllm.model_executor.layers.linear import (
-    ColumnParallelLinear,
-    LinearBase,
-    MergedColumnParallelLinear,
-    QKVParallelLinear,
-    RowParallelLinear,
-)
-from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
+from ovr_megatron.rollout.messages import Messages, message_bytes, padded_bytes
 from ovr_megatron.rollout.sampling import RolloutError
+from ovr_megatron.rollout.target_params import TargetParam, target_params
 from ovr_megatron.weights.slices import (
     LocalShard,
-    RowRange,
     ShardLayout,
     SliceError,
     Transfer,
@@ -40,43 +33,9 @@ from ovr_megatron.weights.slices import (
     rows_of,
 )
 
-_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-
 
 class TransferError(RolloutError):
     """An update that cannot reach all of the engine's parameters, or that arrived changed."""
-
-
-@dataclass
-class TargetParam:
-    """A parameter of vLLM on this rank.
-
-    Attributes:
-        name: vLLM's name.
-        module: The module that holds it.
-        attribute: Its name in the module.
-        shape: Its shape on this rank, also where vLLM keeps only a packed copy.
-        dim: The sharded dimension; None if its ranges are those of the flattened parameter.
-        ranges: The rows of Hugging Face tensors that it consists of.
-        packing_modules: Layers that multiply with a packed copy of it.
-    """
-
-    name: str
-    module: nn.Module
-    attribute: str
-    shape: tuple[int, ...]
-    dim: int | None
-    ranges: tuple[RowRange, ...]
-    packing_modules: list[nn.Module]
-
-    @property
-    def parameter(self) -> nn.Parameter:
-        """The parameter itself; without elements where only the packed copy exists."""
-        return getattr(self.module, self.attribute)
-
-    def layout(self) -> ShardLayout:
-        """Return the description that other ranks plan with."""
-        return ShardLayout(self.dim, 0, self.parameter.dtype, True, self.ranges)
 
 
 @dataclass(frozen=True)
@@ -158,8 +117,8 @@ class Reshard:
         copied = 0
         received = 0
         for step in steps:
-            copied += _message_bytes(step.copies)
-            received += _message_bytes(step.receives)
+            copied += message_bytes(step.copies)
+            received += message_bytes(step.receives)
         # The copies into the parameters may still run: their time belongs to the update.
         if torch.cuda.is_available():
             torch.cuda.synchronize()
@@ -206,7 +165,7 @@ class Reshard:
         steps = self._plans[0]
         volumes = []
         for step in steps:
-            volume = _message_bytes(step.receives + step.sends)
+            volume = message_bytes(step.receives + step.sends)
             volumes.append(volume)
         total_volumes = torch.tensor(volumes, dtype=torch.int64, device=self._device)
         # The sum is the same on all ranks, so that all of them choose the same step and exchange its messages.
@@ -220,8 +179,8 @@ class Reshard:
         link_rate = float("inf")
         if total_volumes.any():
             step = steps[largest]
-            bucket = torch.empty(_padded_bytes(step), dtype=torch.uint8, device=self._device)
-            messages = _Messages(step, bucket, self._group)
+            bucket = torch.empty(padded_bytes(step), dtype=torch.uint8, device=self._device)
+            messages = Messages(step, bucket, self._group)
             link_seconds = self._fastest(lambda: messages.start().wait())
             if messages.nbytes:  # a rank without messages must not count as the slowest
                 link_rate = messages.nbytes / link_seconds
@@ -243,75 +202,6 @@ class Reshard:
             durations.append(duration)
         shortest = min(durations)
         return max(shortest, 1e-9)  # rates divide by it
-
-
-class _Messages:
-    """The messages of a step, one to and one from each other rank; all sends come first in the bucket.
-
-    Attributes:
-        outgoing: Transfers to pack, each with its part of the bucket.
-        incoming: Transfers to unpack, each with its part of the bucket.
-        nbytes: Bytes sent and received, without padding.
-    """
-
-    def __init__(self, step: TransferStep, bucket: Tensor, group: dist.ProcessGroup):
-        self._group = group
-        self._bucket = bucket
-        self._end = 0
-        self._operations: list[tuple[object, Tensor, int]] = []
-        self._running: list[dist.Work] = []
-        targets = [transfer.target for transfer in step.sends]
-        sources = [transfer.source for transfer in step.receives]
-        self.outgoing = self._add_messages(dist.isend, step.sends, targets)
-        self.incoming = self._add_messages(dist.irecv, step.receives, sources)
-        self.nbytes = _message_bytes(step.sends + step.receives)
-
-    def _add_messages(
-        self,
-        operation: object,
-        transfers: Sequence[Transfer],
-        peers: Sequence[int],
-    ) -> list[tuple[Transfer, Tensor]]:
-        """Lay the transfers out in the bucket, those of one peer side by side, and add a message for each peer."""
-        buffers: list[tuple[Transfer, Tensor]] = []
-        # Both ends keep the order of the plan within a message: it carries no description of its rows.
-        for peer in sorted(set(peers)):
-            first = self._end
-            for transfer, transfer_peer in zip(transfers, peers, strict=True):
-                if transfer_peer == peer:
-                    end = self._end + transfer.nbytes
-                    rows = self._bucket[self._end : end]
-                    buffers.append((transfer, rows.view(transfer.dtype)))
-                    self._end += transfer.padded_bytes
-            message = self._bucket[first : self._end]
-            self._operations.append((operation, message, peer))
-        return buffers
-
-    def start(self) -> _Messages:
-        """Start all sends and receives of the step."""
-        if self._operations:
-            # One batch: NCCL then runs them as one group, where single ones in unlike orders could wait for each other.
-            operations = []
-            for kind, message, peer in self._operations:
-                operation = dist.P2POp(kind, message, peer, self._group)
-                operations.append(operation)
-            self._running = dist.batch_isend_irecv(operations)
-        return self
-
-    def wait(self) -> None:
-        """Wait until all messages have been sent and received."""
-        for work in self._running:
-            work.wait()
-
-
-def _message_bytes(transfers: Sequence[Transfer]) -> int:
-    """Return the bytes of the rows of ``transfers``, without padding."""
-    return sum(transfer.nbytes for transfer in transfers)
-
-
-def _padded_bytes(step: TransferStep) -> int:
-    """Return the bytes of a step's bucket."""
-    return sum(transfer.padded_bytes for transfer in step.sends + step.receives)
 
 
 class _Update:
@@ -340,14 +230,14 @@ class _Update:
         # Two buckets in turn: a bucket is packed again only after the step that used it last has been waited for.
         buckets = []
         for parity in (0, 1):
-            sizes = [_padded_bytes(step) for step in self._steps[parity::2]]
+            sizes = [padded_bytes(step) for step in self._steps[parity::2]]
             size = max(sizes, default=0)
             bucket = torch.empty(size, dtype=torch.uint8, device=self._device)
             buckets.append(bucket)
-        in_flight: tuple[TransferStep, _Messages] | None = None
+        in_flight: tuple[TransferStep, Messages] | None = None
         for index, step in enumerate(self._steps):
             bucket = buckets[index % 2]
-            messages = _Messages(step, bucket, self._group)
+            messages = Messages(step, bucket, self._group)
             for transfer, buffer in messages.outgoing:
                 rows = self._source_rows(transfer)
                 target = buffer.view(rows.shape)
@@ -385,7 +275,7 @@ class _Update:
             self._last_merged = index, shard.merged()
         return self._last_merged[1]
 
-    def _copy_into_params(self, step: TransferStep, messages: _Messages) -> None:
+    def _copy_into_params(self, step: TransferStep, messages: Messages) -> None:
         """Copy local and received rows into vLLM's parameters, and pack those that are complete."""
         borrowed = self._borrowed_params(step)
         # Local rows come before the wait: they are copied while the messages are still under way.
@@ -509,101 +399,3 @@ def _fills_packed_param(transfer: Transfer, parameter: Tensor, target: TargetPar
     if target.dim is not None:
         total_length = parameter.shape[target.dim]
     return transfer.length == total_length
-
-
-def target_params(model: nn.Module) -> Iterator[TargetParam]:
-    """Yield every parameter of vLLM's model on this rank with its rows of Hugging Face tensors.
-
-    The source of each rule is the class in vLLM's ``model_executor/layers`` that it names.
-    """
-    targets: dict[int, TargetParam] = {}  # by identity: a tied parameter has several names
-    for prefix, module in model.named_modules():
-        for attribute, parameter in module.named_parameters(recurse=False):
-            key = id(parameter)
-            if key not in targets:
-                name = f"{prefix}.{attribute}"
-                shape, dim, ranges = _layout(name, module, parameter)
-                targets[key] = TargetParam(
-                    name,
-                    module,
-                    attribute,
-                    shape,
-                    dim,
-                    ranges,
-                    packing_modules=[],
-                )
-            # vLLM's mark of a layer that multiplies with a packed copy on a CPU.
-            if attribute == "weight" and hasattr(module, "cpu_linear"):
-                targets[key].packing_modules.append(module)
-    yield from targets.values()
-
-
-def _layout(
-    name: str, module: nn.Module, parameter: nn.Parameter
-) -> tuple[tuple[int, ...], int | None, tuple[RowRange, ...]]:
-    """Return a parameter's shape on this rank, its sharded dimension and its row ranges."""
-    hf_name = name.removeprefix("language_model.")
-    shape = tuple(parameter.shape)
-    is_matrix = name.endswith(".weight")
-    if isinstance(module, LinearBase) and is_matrix:  # a weight that exists only in packed form has no shape of its own
-        shape = (module.output_size_per_partition, module.input_size_per_partition)
-    if isinstance(module, QKVParallelLinear):
-        ranges = _qkv_ranges(_hf_names(hf_name), module)
-        return shape, 0, tuple(ranges)
-    if isinstance(module, MergedColumnParallelLinear):
-        ranges = _merged_ranges(_hf_names(hf_name), module)
-        return shape, 0, tuple(ranges)
-    if isinstance(module, ColumnParallelLinear):
-        size = shape[0]
-        rows = RowRange(hf_name, module.tp_rank * size, 0, size)
-        return shape, 0, (rows,)
-    # The bias of a row-parallel layer is not sharded: it belongs to the sum over the ranks.
-    if isinstance(module, RowParallelLinear) and is_matrix:
-        size = shape[1]
-        rows = RowRange(hf_name, module.tp_rank * size, 0, size)
-        return shape, 1, (rows,)
-    if isinstance(module, VocabParallelEmbedding):
-        # Without the padding that vLLM adds to a vocabulary: the Hugging Face tensor has no such rows.
-        first = module.shard_indices.org_vocab_start_index
-        end = module.shard_indices.org_vocab_end_index
-        rows = RowRange(hf_name, first, 0, end - first)
-        return shape, 0, (rows,)
-    elements = RowRange(hf_name, 0, 0, torch.Size(shape).numel())
-    return shape, None, (elements,)
-
-
-def _hf_names(name: str) -> list[str]:
-    """Return the Hugging Face tensors that vLLM fuses into the parameter of this name."""
-    for fused, parts in _FUSED.items():
-        if fused in name:
-            return [name.replace(fused, part) for part in parts]
-    return [name]
-
-
-def _merged_ranges(names: Sequence[str], module: MergedColumnParallelLinear) -> Iterator[RowRange]:
-    """Yield this rank's rows of tensors that vLLM puts below each other, one range for each."""
-    offset = 0  # in vLLM's parameter
-    for name, full_size in zip(names, module.output_sizes, strict=True):
-        size = full_size // module.tp_size
-        yield RowRange(name, module.tp_rank * size, offset, size)
-        offset += size
-
-
-def _qkv_ranges(names: Sequence[str], module: QKVParallelLinear) -> Iterator[RowRange]:
-    """Yield the query, key and value rows of three Hugging Face tensors, or of one that stacks them (vision)."""
-    is_stacked = len(names) == 1
-    # More ranks than key-value heads: neighbours hold the same one.
-    kv_rank = module.tp_rank // module.num_kv_head_replicas
-    query = (module.num_heads, module.total_num_heads, module.tp_rank)
-    key_value = (module.num_kv_heads, module.total_num_kv_heads, kv_rank)
-    offset = 0  # in vLLM's parameter
-    stacked_offset = 0  # in the stacked tensor
-    for i, (count, total, rank) in enumerate((query, key_value, key_value)):
-        size = count * module.head_size
-        start = rank * size
-        if is_stacked:
-            yield RowRange(names[0], stacked_offset + start, offset, size)
-        else:
-            yield RowRange(names[i], start, offset, size)
-        offset += size
-        stacked_offset += total * module.head_size

@@ -332,10 +332,14 @@ class Endpoint:
             is_late = not replies
             if is_late:
                 self._clients.discard(client)
+        late = _TransientError(f"no whole answer after {timeout_s:g} s")
         if is_late:
             del self._local.client  # the late request still uses it
-            raise _TransientError(f"no whole answer after {timeout_s:g} s")
+            raise late
         [reply] = replies
+        # The client's own time-out ends at nearly the same moment: either may come first.
+        if isinstance(reply, httpx.ReadTimeout):
+            raise late
         if isinstance(reply, Exception):
             message = self._excerpt(str(reply))
             raise _TransientError(f"{type(reply).__name__}: {message}")

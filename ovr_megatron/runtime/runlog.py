@@ -13,7 +13,7 @@ from ovr_megatron.config import ColdStartConfig, RLConfig, as_yaml
 from ovr_megatron.runtime.distributed import World
 from ovr_megatron.runtime.logs import NOTICE, get_logger
 from ovr_megatron.runtime.step_lines import StepLines
-from ovr_megatron.runtime.trackers.protocol import TrackedRun, TrackerError
+from ovr_megatron.runtime.trackers.protocol import Histogram, HistogramTracker, TrackedRun, TrackerError
 from ovr_megatron.runtime.trackers.table import open_trackers
 
 logger = get_logger(__name__)
@@ -58,6 +58,12 @@ class RunLog:
         """Record ``text`` under ``name``."""
         for tracker in self.trackers:
             tracker.log_text(step, name, text)
+
+    def histogram(self, step: int, name: str, histogram: Histogram) -> None:
+        """Record ``histogram`` under ``name`` in the trackers that take one."""
+        for tracker in self.trackers:
+            if isinstance(tracker, HistogramTracker):
+                tracker.log_histogram(step, name, histogram)
 
     def timeline(self, step: int, record: Mapping[str, object]) -> None:
         """Append what the ranks did in ``step`` to ``RUN/timeline.jsonl``, which supervised training does not have."""

@@ -3,7 +3,6 @@
 import datetime
 import email.utils
 import json
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -164,18 +163,16 @@ def test_samples_and_images(config: PrepareConfig, server: Teacher, tmp_path: Pa
     assert len({body["seed"] for body in server.bodies}) == 2
 
 
-@pytest.mark.parametrize(
-    ("step", "problem"), [("drip", "no whole answer after 1 s|takes too long"), ("drip head", "no whole")]
-)
+@pytest.mark.parametrize("step", ["drip", "drip head"])
 def test_a_request_has_an_end_however_slowly_the_endpoint_drips(
-    config: PrepareConfig, server: Teacher, step: str, problem: str
+    config: PrepareConfig, server: Teacher, step: str
 ) -> None:
     server.script["add 1 1"] = [step]
     began = time.monotonic()
     prepare(replace(config, teacher=replace(config.teacher, timeout_s=1.0, attempts=1)))
     assert time.monotonic() - began < 60
     [example] = report(config)["examples"]["no answer"]
-    assert re.search(problem, example["error"]), example
+    assert "no whole answer after 1 s" in example["error"]
 
 
 def wait_until(holds: Callable[[], bool]) -> None:

@@ -169,7 +169,7 @@ def test_every_layout_computes_what_transformers_computes(results: dict[str, Any
 
 
 def test_every_layout_of_a_further_family_computes_what_transformers_computes(further_results: dict[str, Any]) -> None:
-    check(further_results, 55 if WHOLE else 16)
+    check(further_results, 56 if WHOLE else 16)
     checked = [row["replicas agree"] for row in rows(further_results).values() if "steps" in row]
     assert len(checked) == (17 if WHOLE else 5) and all(checked)
     assert max(further_results["packed"].values()) < 1e-5

@@ -20,7 +20,7 @@ NODE = 8
 
 
 def test_the_recipes_are_those_of_the_documentation() -> None:
-    assert len(NAMES) == 18
+    assert len(NAMES) == 20
 
 
 def test_the_documentation_names_the_recipes_that_keep_the_model_s_template() -> None:

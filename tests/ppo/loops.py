@@ -2,7 +2,7 @@
 
 With ``reference`` only the runs that tests/ppo/test_reference.py reads, or those named; with ``tail`` only those of
 oversampled rounds, with ``partial`` those that go on with unfinished responses, with ``taught`` those with a teacher,
-with ``one_engine`` one that resumes unfinished responses.
+with ``one_engine`` one that resumes unfinished responses, with ``chosen`` those whose prompts earlier rewards choose.
 """
 
 import json
@@ -47,6 +47,7 @@ from ovr_megatron.rollout.sampling import Prompt
 from ovr_megatron.runtime import distributed
 from tests.model.matrix import WHOLE
 from tests.ppo.off_policy import largest_difference_on_ranks
+from tests.ppo.questions import questions_source
 
 SIZES = ("iterations=2", "prompts=4", "responses=4", "run.save_every=1", "run.keep_last=0")
 RULES = "reward.rules={image: 'parity:even', text: 'parity:even'}"
@@ -96,6 +97,12 @@ CONTINUED = (
     *("rollout.oversample=0.5", "rollout.max_staleness=1", "rollout.max_num_seqs=3", "iterations=4"),
     "curriculum=[{until: 2, max_tokens: 72}, {until: 9, max_tokens: 88}]",
 )
+# Few rows, so that epochs end; prompts that come again, and turns that are skipped.
+CHOSEN = (
+    *("algorithm.estimator=grpo", "algorithm.prompt_replay=0.9", "algorithm.prompt_cooldown=1"),
+    *("algorithm.prompt_exploration=0.5", "algorithm.dynamic_sampling=2", "iterations=4"),
+)
+CHOSEN_PARTIAL = (*CHOSEN, *CONTINUED, "algorithm.dynamic_sampling=0")
 # A teacher alone, of prompts whose responses go on in a later round; and one of another layout beside rewards.
 TAUGHT = ("algorithm.estimator=none", "algorithm.correction=token_truncate", *CONTINUED, "iterations=3")
 MIXED = (
@@ -272,6 +279,19 @@ def continued_runs() -> None:
     train("partial_critic", *CONTINUED, "only=critic", f"rollouts_from={out / 'partial'}", "iterations=2")
 
 
+def chosen_runs() -> None:
+    """Train on prompts that the rewards of earlier iterations choose: whole, resumed, and from the archive."""
+    sources = questions_source(out, world.is_main)
+    dist.barrier()
+    for name, settings in (("chosen", CHOSEN), ("chosen_partial", CHOSEN_PARTIAL)):
+        train(name, *settings, sources)
+        resume_after(name, 2, f"{name}_resumed", *settings, sources)
+    train("chosen_learned", *CHOSEN, sources, "only=train", f"rollouts_from={out / 'chosen'}")
+    replayed = again("chosen_partial", 3)
+    if world.is_main:
+        (out / "chosen.json").write_text(json.dumps(replayed))
+
+
 def taught_runs() -> None:
     """Distil from a teacher of another size: alone, resumed, beside rewards, and from the policy's own weights."""
     teacher = f"algorithm.teacher={out / 'teacher'}"
@@ -322,6 +342,7 @@ PARTS = {
     "tail": oversampled_runs,
     "partial": continued_runs,
     "taught": taught_runs,
+    "chosen": chosen_runs,
     "one_engine": run_of_one_engine,
 }
 
@@ -359,6 +380,7 @@ if __name__ == "__main__":
     continued_runs()
     critic_runs()
     taught_runs()
+    chosen_runs()
     half = config("rolled_out", "only=rollout", "iterations=1")
     generate(half, world)
     found = {

@@ -46,6 +46,20 @@ class Answer:
     arrays: dict[str, Tensor] = field(default_factory=dict)
 
 
+def seq_rep(tokens: Sequence[int], n: int) -> float:
+    """Return 1 less the share of distinct n-grams (Welleck et al. 2020)."""
+    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def explained(answers: Sequence[Answer]) -> float:
+    """Return the share of the returns' variance that the values explain; 0 where the returns do not vary."""
+    values, returns = (torch.cat([answer.arrays[name] for answer in answers]) for name in ("values", "returns"))
+    if returns.var() <= 1e-12:
+        return 0.0
+    return float(1 - (returns - values).var(unbiased=False) / returns.var(unbiased=False))
+
+
 class Iteration:
     """Iteration ``number`` of the folder ``run``; `answers` are those learnt from, in order of prompt and sample."""
 
@@ -136,25 +150,40 @@ class Iteration:
             "response/failed_prompts": len(failed),
             "data/dropped_prompts": self.dropped,
         }
-        rewards: dict[int, set[float]] = {}
-        for line in answered:
-            rewards.setdefault(line["number"], set()).add(self.verdict(line))
-        lengths = torch.tensor([line["tokens"] for line in answered], dtype=torch.float64)
-        verdicts = torch.tensor([self.verdict(line) for line in answered], dtype=torch.float64)
-        self.metrics |= {f"response/length_p{p}": float(lengths.quantile(p / 100)) for p in (50, 90, 99)}
-        self.metrics |= {
-            "response/length_max": float(lengths.max()),
-            "response/reward_std": float(verdicts.std(unbiased=False)),
-            "response/mixed_prompts": float(np.mean([len(group) > 1 for group in rewards.values()])),
-            "grading/failed": 0,
-        }
-        sources = {row.source for row in self.rows}
-        for source in sources if len(sources) > 1 else ():
+        self.metrics["grading/failed"] = 0
+        self.count_spread(answered, "")
+        for source in self.sources():
             own = [line for line in answered if line["source"] == source]
             self.metrics[f"grading/failed/source/{source}"] = 0
             if own:
                 self.metrics[f"reward/source/{source}"] = float(np.mean([self.verdict(line) for line in own]))
                 self.metrics[f"response/length/source/{source}"] = float(np.mean([line["tokens"] for line in own]))
+                self.metrics[f"response/stopped/source/{source}"] = float(np.mean([line["stopped"] for line in own]))
+                self.count_spread(own, f"/source/{source}")
+
+    def sources(self) -> list[str]:
+        """Return the sources of the prompts where there are several."""
+        names = sorted({row.source for row in self.rows})
+        return names if len(names) > 1 else []
+
+    def count_spread(self, lines: Sequence[dict[str, Any]], suffix: str) -> None:
+        """Note how rewards and lengths of some responses are spread, and how much of those repeats itself."""
+        rewards: dict[int, set[float]] = {}
+        for line in lines:
+            rewards.setdefault(line["number"], set()).add(self.verdict(line))
+        lengths = torch.tensor([line["tokens"] for line in lines], dtype=torch.float64)
+        verdicts = torch.tensor([self.verdict(line) for line in lines], dtype=torch.float64)
+        for p in (50, 90, 99):
+            self.metrics[f"response/length_p{p}{suffix}"] = float(lengths.quantile(p / 100))
+        self.metrics[f"response/length_max{suffix}"] = float(lengths.max())
+        self.metrics[f"response/reward_std{suffix}"] = float(verdicts.std(unbiased=False))
+        self.metrics[f"response/mixed_prompts{suffix}"] = float(np.mean([len(group) > 1 for group in rewards.values()]))
+        tokens = {(answer.prompt, answer.sample): answer.tokens.tolist() for answer in self.answers}
+        keys = [(line["number"], line["sample"]) for line in lines]
+        # The archive has the tokens of those responses alone that are learnt from.
+        if all(key in tokens for key in keys):
+            shares = [seq_rep(tokens[key], 4) for key in keys]
+            self.metrics[f"response/repetition{suffix}"] = float(np.mean(shares))
 
     # Models ----------------------------------------------------------------------------------------------
 
@@ -237,11 +266,27 @@ class Iteration:
         raw, values, returns = (torch.cat([x.arrays[n] for x in answers]) for n in ("raw", "values", "returns"))
         for answer in answers:
             answer.arrays["advantages"] = (answer.arrays["raw"] - raw.mean()) / (raw.std(unbiased=False) + 1e-8)
+        self._describe_advantages(answers, "")
+        for source in self.sources():
+            own = [answer for answer in answers if answer.line["source"] == source]
+            if own:
+                self._describe_advantages(own, f"/source/{source}")
+                self.metrics[f"critic/explained_variance/source/{source}"] = explained(own)
         self.metrics["critic/value_mean"] = float(values.mean())
         self.metrics["critic/value_std"] = float(values.std(unbiased=False))
         self.metrics["critic/return_mean"] = float(returns.mean())
-        left = (returns - values).var(unbiased=False) / returns.var(unbiased=False)
-        self.metrics["critic/explained_variance"] = float(1 - left) if returns.var() > 1e-12 else 0.0
+        self.metrics["critic/explained_variance"] = explained(answers)
+
+    def _describe_advantages(self, answers: Sequence[Answer], suffix: str) -> None:
+        """Note extremes, spread and quantiles of the advantages of all tokens of ``answers``."""
+        advantages = torch.cat([answer.arrays["advantages"] for answer in answers]).sort().values
+        self.metrics[f"advantage/min{suffix}"] = float(advantages[0])
+        self.metrics[f"advantage/max{suffix}"] = float(advantages[-1])
+        self.metrics[f"advantage/std{suffix}"] = float(advantages.std(unbiased=False))
+        for percent in (10, 50, 90):
+            # The smallest value that so many do not exceed.
+            index = math.ceil(percent / 100 * len(advantages)) - 1
+            self.metrics[f"advantage/p{percent}{suffix}"] = float(advantages[index])
 
     def _rewards(self, answer: Answer) -> Tensor:
         """Return each token's reward: on the last one the shaped verdict, less the divergence if that is wanted."""
@@ -301,6 +346,7 @@ class Iteration:
         steps = Steps(named, self.config.optimizer, self.before, "policy", learning * updates, total)
         logs: list[dict[str, float]] = []
         differences: list[tuple[str, Tensor]] = []
+        self.source_logs: dict[tuple[str, str], list[Tensor]] = {}  # values of tokens, by name and source
         for update in range(updates):
             part = self.answers[update % a.policy_steps :: a.policy_steps]
             loss, log = self._policy_loss(model, part, updates == 1, differences)
@@ -308,6 +354,9 @@ class Iteration:
             logs.append(log | {"policy/loss": float(loss.detach()), "policy/grad_norm": steps.take()})
         self.metrics |= {name: float(np.mean([log[name] for log in logs])) for name in logs[0]}
         self.metrics |= mismatch(differences)
+        for (name, source), values in self.source_logs.items():
+            if source in self.sources():
+                self.metrics[f"{name}/source/{source}"] = float(torch.cat(values).double().mean())
         self.weights["policy"] = {name: p.detach() for name, p in named.items()}
 
     def _policy_loss(
@@ -333,6 +382,8 @@ class Iteration:
             log = {
                 "policy/entropy": entropy.detach(),
                 "policy/clip_fraction": (bounded * advantage < ratio * advantage).float(),
+                "policy/clip_fraction_low": ((ratio < 1 - a.clip) & (advantage < 0)).float(),
+                "policy/clip_fraction_high": ((ratio > 1 + (a.clip_high or a.clip)) & (advantage > 0)).float(),
                 "rollout/kl": divergence(rollout, old, "k3"),
             }
             if a.dual_clip:
@@ -351,6 +402,9 @@ class Iteration:
             differences.append((kind, (old - rollout).abs().double()))
             per_token.append(loss - a.entropy_bonus * entropy)
             logs.append(log)
+            for name, values in log.items():
+                if name not in ("rollout/truncated", "rollout/importance"):
+                    self.source_logs.setdefault((name, answer.line["source"]), []).append(values)
         means = {name: float(torch.cat([log[name] for log in logs]).mean()) for name in logs[0]}
         if a.correction:
             importance = torch.cat([log["rollout/importance"] for log in logs]).double()

@@ -30,6 +30,7 @@ from ovr_megatron.rl.rehearsal import rehearse
 from ovr_megatron.rollout.engine import RolloutEngine
 from ovr_megatron.rollout.sampling import Generation, Prompt
 from ovr_megatron.runtime import distributed
+from tests.ppo.questions import questions_source
 
 SIZES = ("iterations=2", "prompts=4", "responses=2", "run.save_every=1", "run.keep_last=0", "run.peak_tflops=1")
 RULES = "reward.rules={image: 'parity:even', text: 'parity:even'}"
@@ -46,6 +47,8 @@ IN_FLIGHT = (*FURTHER, "rollout.oversample=0.5", "rollout.max_num_seqs=3")
 # Rounds that draw more prompts than they train on, of which the generators alone know how many.
 SAMPLED = ("iterations=3", "prompts=3", "algorithm.dynamic_sampling=3")
 TAIL = ("iterations=3", "rollout.oversample=0.5")
+# Prompts that come again, and turns that are skipped, by rewards that the generators alone know before the next draw.
+CHOSEN = ("algorithm.prompt_replay=0.9", "algorithm.prompt_cooldown=1", "algorithm.prompt_exploration=0.5")
 
 
 def config(name: str, *more: str) -> RLConfig:
@@ -225,6 +228,12 @@ if __name__ == "__main__":
         for name, settings in (("further", FURTHER), ("in_flight", IN_FLIGHT)):
             train(name, *settings)
             resume(name, f"{name}_resumed", 3, *settings)
+        sources = questions_source(out, world.job.rank == 0)
+        dist.barrier(world.job.messages)
+        train("chosen", *CHOSEN, sources, "iterations=3")
+        train_alone("chosen_one", *CHOSEN, sources, "iterations=3")
+        train("chosen_ahead", *FURTHER, *CHOSEN, sources)
+        resume("chosen_ahead", "chosen_ahead_resumed", 3, *FURTHER, *CHOSEN, sources)
         # Without the archive of what was generated ahead.
         resume("in_flight", "in_flight_lost", 3, *IN_FLIGHT, rollouts=False)
     elif part == "first":

@@ -237,6 +237,49 @@ def test_a_slow_engine_changes_no_round(runs: Path) -> None:
     assert trained_prompts(runs / "tail_slow") == trained_prompts(runs / "tail")[:2]
 
 
+def chosen_sequence(run: Path) -> list[list[str]]:
+    """Return where the prompts of each iteration with a line stand in the data, in the order of the draw."""
+    sequence = []
+    for path in sorted((run / "rollouts").glob("*.jsonl")):
+        where = {line["number"]: line["where"] for line in map(json.loads, path.read_text().splitlines())}
+        sequence.append([where[number] for number in sorted(where)])
+    return sequence
+
+
+def test_prompts_of_mixed_rewards_come_again(runs: Path) -> None:
+    """The repeats of an iteration had mixed rewards before, and the log counts them."""
+    lines, sequence = curve(runs / "chosen"), chosen_sequence(runs / "chosen")
+    assert sum(line["data/replayed_prompts"] for line in lines) > 0 < sum(line["data/skipped_turns"] for line in lines)
+    mixed_before: set[str] = set()
+    for iteration, (line, drawn) in enumerate(zip(lines, sequence, strict=True)):
+        replayed = drawn[: int(line["data/replayed_prompts"])]
+        assert set(replayed) <= mixed_before
+        summary = json.loads((runs / "chosen/rollouts" / f"{iteration:06d}/iteration.json").read_text())
+        rewards: dict[int, set[float]] = {}
+        for text in (runs / "chosen/rollouts" / f"{iteration:06d}.jsonl").read_text().splitlines():
+            response = json.loads(text)
+            rewards.setdefault(response["number"], set()).add(response["reward"])
+        assert dict(summary["mixed"]) == {number: len(distinct) > 1 for number, distinct in sorted(rewards.items())}
+        mixed_before |= {drawn[number] for number, mixed in summary["mixed"] if mixed}
+
+
+@pytest.mark.parametrize("name", ["chosen", "chosen_partial"])
+def test_chosen_prompts_resume_bit_for_bit(runs: Path, name: str) -> None:
+    lines = curve(runs / name)
+    assert curve(runs / f"{name}_resumed") == lines[2:]
+    assert chosen_sequence(runs / f"{name}_resumed") == chosen_sequence(runs / name)[2:]
+    one, two = weights(runs / name), weights(runs / f"{name}_resumed")
+    assert [key for key in one if one[key].tobytes() != two[key].tobytes()] == []
+    assert sum(line["data/replayed_prompts"] for line in lines[2:]) > 0
+
+
+def test_chosen_prompts_are_drawn_again_from_an_archive(runs: Path) -> None:
+    one, two = weights(runs / "chosen"), weights(runs / "chosen_learned")
+    assert [key for key in one if one[key].tobytes() != two[key].tobytes()] == []
+    replayed = json.loads((runs / "chosen.json").read_text())
+    assert replayed and all(line["difference"] == 0 for line in replayed)
+
+
 ROUND = ["draw", "engine", "wait", "grade", "wait", "sleep", "wait"]
 TRAINING = ["value", "wait", "update", "wait"]
 

@@ -28,13 +28,15 @@ def test_policy_loss_is_the_clipped_surrogate(seed: int, clip: float) -> None:
     new, old, advantage = rng.normal(size=(3, 17))
     settings = AlgorithmConfig(clip=clip, clip_high=2 * clip)
     found, sums = clip_loss(*(torch.from_numpy(x) for x in (new, old, advantage)), segments([17]), settings)
-    clipped = 0
+    clipped, low, high = 0, 0, 0
     for i in range(17):
         ratio = np.exp(new[i] - old[i])
         bounded = min(max(ratio, 1 - clip), 1 + 2 * clip)
         assert float(found[i]) == pytest.approx(-min(ratio * advantage[i], bounded * advantage[i]), rel=1e-12)
         clipped += bounded * advantage[i] < ratio * advantage[i]
-    assert float(sums["clip_fraction"]) == clipped
+        low += ratio < 1 - clip and advantage[i] < 0
+        high += ratio > 1 + 2 * clip and advantage[i] > 0
+    assert [float(sums[f"clip_fraction{end}"].sum()) for end in ("", "_low", "_high")] == [clipped, low, high]
 
 
 def test_on_policy_the_gradient_is_the_policy_gradient() -> None:
@@ -45,7 +47,7 @@ def test_on_policy_the_gradient_is_the_policy_gradient() -> None:
     (found,) = torch.autograd.grad(losses.sum(), logits, retain_graph=True)
     (expected,) = torch.autograd.grad(-(logprobs * advantage).sum(), logits)
     assert torch.equal(losses.detach(), -advantage)
-    assert sums["clip_fraction"] == 0
+    assert not sums["clip_fraction"].any()
     torch.testing.assert_close(found, expected)
 
 
@@ -94,7 +96,7 @@ def test_gspo_is_the_surrogate_of_a_responses_own_ratio(clip: float) -> None:
     (expected_gradient,) = torch.autograd.grad(expected, theirs)
     torch.testing.assert_close(gradient, expected_gradient)
     clipped = [n for n, part in zip(LENGTHS, gradient.split(LENGTHS), strict=True) if not part.any()]
-    assert float(sums["clip_fraction"]) == sum(clipped)
+    assert float(sums["clip_fraction"].sum()) == sum(clipped)
     assert bool(clipped) == (clip < 0.5)
 
 
@@ -133,7 +135,10 @@ def test_on_policy_every_loss_is_the_policy_gradient(name: str) -> None:
     torch.testing.assert_close(logprobs.grad, -advantages, rtol=1e-12, atol=0)
     if name not in ("cispo", "sapo"):  # the first has log pi in the place of the ratio, the second 2 / tau times it
         assert torch.equal(losses, -advantages) and torch.equal(logprobs.grad, -advantages)
-    assert sums.get("clip_fraction", 0) == 0 and sums.get("gate", sum(LENGTHS)) == sum(LENGTHS)
+    if name == "sapo":
+        assert sums.keys() == {"gate"} and bool((sums["gate"] == 1).all())
+    else:
+        assert len(sums) == 3 and not any(values.any() for values in sums.values())
 
 
 LOW, HIGH, TAU, NEGATIVE_TAU = 0.04, 0.06, 1.5, 2.5
@@ -218,14 +223,8 @@ def test_a_loss_is_its_papers_objective(name: str, spread: float) -> None:
     new = old + spread / 0.1 * (new - old)
     new = torch.minimum(new, torch.tensor(-0.01, dtype=torch.float64))
     ours, theirs = new.clone().requires_grad_(), new.clone().requires_grad_()
-    settings = AlgorithmConfig(
-        loss=name,
-        clip=LOW,
-        clip_high=HIGH,
-        dual_clip=1.05 if name == "clip" else 0.0,
-        sapo_positive=TAU,
-        sapo_negative=NEGATIVE_TAU,
-    )
+    own_numbers = {"clip": {"dual_clip": 1.05}, "sapo": {"sapo_positive": TAU, "sapo_negative": NEGATIVE_TAU}}
+    settings = AlgorithmConfig(loss=name, clip=LOW, clip_high=HIGH, **own_numbers.get(name, {}))
     losses, sums = LOSSES.rows[name](ours, old, advantages, segments(LENGTHS), settings)
     parts = zip(*(x.split(LENGTHS) for x in (theirs, old, advantages)), strict=True)
     expected = sum((LITERAL[name](p, q, float(advantage[0])) for p, q, advantage in parts), torch.zeros(()).double())
@@ -235,7 +234,9 @@ def test_a_loss_is_its_papers_objective(name: str, spread: float) -> None:
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-10, atol=1e-10)
     if name in ("clip", "gmpo", "dppo_tv", "dppo_kl"):
         without = int((gradient == 0).sum())
-        assert without == float(sums["clip_fraction"] + sums.get("dual_clip_fraction", 0))
+        assert without == float(sums["clip_fraction"].sum() + sums.get("dual_clip_fraction", torch.zeros(1)).sum())
+        ends = sums["clip_fraction_low"].sum() + sums["clip_fraction_high"].sum()
+        assert ends == sums["clip_fraction"].sum()
         assert without or spread < 0.1
 
 
@@ -288,6 +289,16 @@ def test_a_second_bound_is_refused_where_there_is_none(name: str) -> None:
     check_loss(AlgorithmConfig(loss="gspo", dual_clip=3.0))
     with pytest.raises(ConfigError, match=r"algorithm.dual_clip=0.5 must be above 1, or 0 .off."):
         AlgorithmConfig(dual_clip=0.5)
+
+
+def test_numbers_that_nothing_reads_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"algorithm.sapo_negative=2.0 has no effect without algorithm.loss=sapo"):
+        AlgorithmConfig(sapo_negative=2.0)
+    AlgorithmConfig(loss="sapo", sapo_negative=2.0)
+    AlgorithmConfig(loss="my.module:loss", sapo_negative=2.0)
+    with pytest.raises(ConfigError, match=r"algorithm.cosine_right=3.0 has no effect without algorithm.length_reward="):
+        AlgorithmConfig(cosine_right=3.0)
+    AlgorithmConfig(length_reward="cosine", cosine_right=3.0)
 
 
 @pytest.mark.parametrize(

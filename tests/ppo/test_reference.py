@@ -72,9 +72,14 @@ def test_metrics_are_those_of_the_reference(runs: Path, name: str, number: int) 
     lines = map(json.loads, (runs / name / "metrics/train.jsonl").read_text().splitlines())
     (logged,) = [line for line in lines if line["step"] == number]
     logged = {key: value for key, value in logged.items() if not key.startswith((*CLOCKS, "step", "time"))}
+    if "response/repetition" not in own.metrics:  # not all tokens are archived
+        logged = {key: value for key, value in logged.items() if not key.startswith("response/repetition")}
     assert logged.keys() == own.metrics.keys()
+    spread = own.metrics["advantage/max"] - own.metrics["advantage/min"]
     for key, value in own.metrics.items():
         within = 2e-5 if key.startswith("rollout/") else 1e-6
+        if key.startswith("advantage/"):  # a quantile is the upper edge of one of a thousand bins
+            within = 1.1e-3 * spread
         assert logged[key] == pytest.approx(value, rel=1e-4, abs=within), key
 
 

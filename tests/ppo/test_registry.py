@@ -68,7 +68,8 @@ def learn(config: RLConfig, monkeypatch: pytest.MonkeyPatch) -> tuple[list[np.nd
     critic = Critic(layout=layout) if config.algorithm.has_critic else None
     policy = SimpleNamespace(layout=layout)
     models = Models(replace(config, offload=False), SimpleNamespace(layout=layout), None, policy, critic, None)
-    rollout = SimpleNamespace(limit=50, prompts=SimpleNamespace(sample=lambda prompt: [0] * 5))
+    rows = [SimpleNamespace(source="puzzles")] * 2
+    rollout = SimpleNamespace(limit=50, prompts=SimpleNamespace(sample=lambda prompt: [0] * 5, rows=rows))
     responses = []
     for i, (reward, length) in enumerate(zip(REWARDS, LENGTHS, strict=True)):
         responses.append(Response(i // 2, i % 2, [0] * length, np.zeros(length), True, "", reward))

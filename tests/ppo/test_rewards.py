@@ -76,6 +76,8 @@ def test_what_has_no_reward_is_in_no_mean_and_no_source_overwrites_a_metric():
         "reward/source/mean": 1.0,
         "response/length/source/failed": 4.0,
         "response/length/source/mean": 4.0,
+        "response/stopped/source/failed": 1.0,
+        "response/stopped/source/mean": 1.0,
     }
     json.dumps(metrics, allow_nan=False)
 

@@ -74,7 +74,7 @@ def older(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the run folders of split.py whose responses are up to two iterations old."""
     out = tmp_path_factory.mktemp("older")
     make_tiny_model(out / "model", tied=True, seed=5)
-    launch(SCRIPT, out, "further", ranks=2, timeout_s=240)
+    launch(SCRIPT, out, "further", ranks=2, timeout_s=480)
     return out
 
 
@@ -111,6 +111,22 @@ def test_generation_overlaps_training(runs: Path) -> None:
 def test_a_killed_run_goes_on_with_what_was_generated_ahead(runs: Path) -> None:
     assert_same_run(runs / "killed", runs / "ahead", range(4))
     assert curve(runs / "killed") == curve(runs / "ahead")
+
+
+def test_prompts_chosen_by_rewards_are_those_of_one_side(older: Path) -> None:
+    assert_same_run(older / "chosen", older / "chosen_one", range(3))
+    lines = curve(older / "chosen")
+    assert lines == curve(older / "chosen_one")
+    assert sum(line["data/replayed_prompts"] for line in lines) > 0
+
+
+def test_prompts_chosen_ahead_resume_bit_for_bit(older: Path) -> None:
+    lines = curve(older / "chosen_ahead")
+    assert curve(older / "chosen_ahead_resumed") == lines[3:]
+    assert_same_run(older / "chosen_ahead_resumed", older / "chosen_ahead", range(3, 5))
+    assert sum(line["data/replayed_prompts"] for line in lines) > 0
+    # Only rewards from before the checkpoint have the resumed run skip a turn of its first iteration.
+    assert lines[3]["data/skipped_turns"] > 0
 
 
 def test_generation_runs_two_iterations_ahead(older: Path) -> None:

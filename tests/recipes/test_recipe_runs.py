@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
@@ -17,7 +18,7 @@ from ovr_megatron.data.sources import open_source
 from ovr_megatron.families import family_of_folder
 from ovr_megatron.launch import RECIPES
 from ovr_megatron.model.tiny import make_tiny_model
-from tests.recipes.launch import LONGEST, model_family, scale_down
+from tests.recipes.launch import LONGEST, model_family, rows_of, scale_down
 
 pytestmark = pytest.mark.both_cores
 
@@ -35,10 +36,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("recipes")
     for family in {model_family(recipe) for recipe in NAMES}:
         make_tiny_model(out / family, tied=True, seed=5, family=family)
-    for name, kind in (("chats", ""), ("problems", "&answered=0")):
-        rows = open_source(SourceConfig(path=f"puzzle:digits?form=image&task=sum{kind}"))
+        # A teacher that equals its student teaches nothing.
+        make_tiny_model(out / f"{family}_teacher", tied=True, seed=6, family=family)
+    kinds = {"chats": "image", "problems": "image&answered=0", "texts": "text&answered=0"}
+    for name, kind in kinds.items():
+        rows = open_source(SourceConfig(path=f"puzzle:digits?task=sum&form={kind}"))
         lines = [json.dumps(row_to_json(rows[index])) for index in range(24)]
-        assert all('"image"' in line for line in lines)
+        assert all(('"image"' in line) == (name != "texts") for line in lines)
         (out / f"{name}.jsonl").write_text("\n".join(lines))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += [str(ROOT / "tests/recipes/launch.py"), str(out), *NAMES]
@@ -88,7 +92,7 @@ def test_a_recipe_trains_two_steps_with_its_own_choices(runs: Path, recipe: str)
     if has_critic:
         assert_moments_of_what_trains(checkpoint, "critic", chosen)
     if is_rl:
-        assert_rollouts(run, lines)
+        assert_rollouts(run, lines, rows_of(recipe) == "problems")
     else:
         warmup = chosen["optimizer.warmup_steps"]
         rates = [line["optimizer/lr"] for line in lines]
@@ -113,10 +117,29 @@ def assert_moments_of_what_trains(checkpoint: Path, name: str, chosen: dict[str,
     assert matrices and matrices <= moved
 
 
-def assert_rollouts(run: Path, lines: list[dict[str, float]]) -> None:
+def test_the_text_only_stage_goes_on_from_a_run_on_images_and_leaves_its_tower(runs: Path) -> None:
+    checkpoints = [runs / name / "checkpoints/step_000002" for name in ("images", "text")]
+    folders = [runs / "qwen2_5_vl", *(checkpoint / "policy" for checkpoint in checkpoints)]
+    first, multimodal, text = (load_file(folder / "model.safetensors") for folder in folders)
+    vision = {key for key in text if "visual." in key}
+    # The first stage has moved the tower: its weights are not those of the model that it began with.
+    moved = {key for key in vision if not torch.equal(multimodal[key], first[key].to(multimodal[key].dtype))}
+    assert any("merger." in key for key in moved) and any("blocks." in key for key in moved)
+    assert {key for key in vision if not torch.equal(text[key], multimodal[key])} == set()
+    language = {key for key in text if key.endswith("proj.weight")} - vision
+    assert language and all(not torch.equal(text[key], multimodal[key]) for key in language)
+    # No text has a gradient for the tower: what is frozen has no moments either.
+    moments = load_file(checkpoints[1] / "policy-exp_avg/model.safetensors")
+    assert language <= moments.keys() and not vision & moments.keys()
+    for name, has_images in (("images", True), ("text", False)):
+        lines = [json.loads(line) for line in (runs / name / "metrics/train.jsonl").read_text().splitlines()]
+        assert_rollouts(runs / name, lines, has_images)
+
+
+def assert_rollouts(run: Path, lines: list[dict[str, float]], has_images: bool) -> None:
     """Both iterations have responses within the limit; the groups of the first differ, and the policy has learned."""
     for line, file in zip(lines, sorted((run / "rollouts").glob("*.jsonl")), strict=True):
         rows = [json.loads(row) for row in file.read_text().splitlines()]
-        assert len(rows) == 8 and all(row["image"] and 0 < row["tokens"] <= LONGEST for row in rows)
+        assert len(rows) == 8 and all(bool(row["image"]) == has_images and 0 < row["tokens"] <= LONGEST for row in rows)
         assert line["rollout/mismatch_mean"] < 0.05  # as rollout.mismatch_warning
     assert max(line["policy/grad_norm"] for line in lines) > 0

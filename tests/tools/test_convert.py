@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoProcessor, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoConfig, AutoModel, AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
 from ovr_megatron.checkpoint.manifest import check, write_manifest
-from ovr_megatron.families import ModelShape
+from ovr_megatron.families import ModelShape, families
+from ovr_megatron.families.presets import presets
 from ovr_megatron.families.yarn import Yarn
 from ovr_megatron.model.tiny import TinySizes, make_tiny_model
 from ovr_megatron.runtime.ownership import RECORD
@@ -59,6 +60,36 @@ def test_round_trip_keeps_every_bit_and_every_file(hf, checkpoint, tmp_path):
     assert check(checkpoint).step == 0
     assert run("convert_to_hf", "--checkpoint", checkpoint, "--out", tmp_path / "back", "--verify", hf) == 0
     assert raw_bytes(tmp_path / "back") == raw_bytes(hf)
+
+
+STRUCTURE = {"depth", "deepstack_visual_indexes", "fullatt_block_indexes", "num_hidden_layers", "tie_word_embeddings"}
+
+
+def copy_structure(config, published):
+    """Give a small model's ``config`` the number and the kinds of layers of a published one."""
+    for key, value in published.items():
+        if key in ("text_config", "vision_config"):
+            copy_structure(config[key], value)
+        elif key in STRUCTURE and key in config:
+            config[key] = value
+
+
+@pytest.mark.parametrize("preset", presets())
+def test_round_trip_of_every_published_structure(preset, tmp_path):
+    published = presets()[preset]
+    hf = tmp_path / "hf"
+    (family,) = (family for family in families() if preset in family.presets)
+    make_tiny_model(hf, tied=bool(published["tie_word_embeddings"]), sizes=SIZES, family=family.name)
+    config = json.loads((hf / "config.json").read_text())
+    copy_structure(config, published)
+    (hf / "config.json").write_text(json.dumps(config))
+    torch.manual_seed(1)
+    family.load_hf_class()(AutoConfig.from_pretrained(hf)).save_pretrained(hf)
+    assert run("convert_from_hf", "--hf", hf, "--out", tmp_path / "ckpt") == 0
+    assert run("convert_to_hf", "--checkpoint", tmp_path / "ckpt", "--out", tmp_path / "back", "--verify", hf) == 0
+    assert raw_bytes(tmp_path / "back") == raw_bytes(hf)
+    layers = {name.split("layers.")[1].split(".")[0] for name in raw_bytes(hf) if "layers." in name}
+    assert len(layers) == published.get("text_config", published)["num_hidden_layers"]
 
 
 def test_round_trip_of_a_tied_model_that_stores_its_head(tmp_path):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from torch.utils.tensorboard.summary import histogram_raw
 from torch.utils.tensorboard.summary import text as text_summary
 
 from ovr_megatron.runtime.events import EventFile
 from ovr_megatron.runtime.step_lines import StepLines
-from ovr_megatron.runtime.trackers.protocol import TrackedRun
+from ovr_megatron.runtime.trackers.protocol import Histogram, TrackedRun
 
 
 class JsonlTracker:
@@ -42,6 +43,15 @@ class TensorBoardTracker:
     def log_text(self, step: int, name: str, text: str) -> None:
         """Append ``text`` verbatim."""
         self.events.summary(step, text_summary(name, as_code(text)))
+
+    def log_histogram(self, step: int, name: str, histogram: Histogram) -> None:
+        """Append ``histogram``, which its page *Histograms* shows over the steps."""
+        count = int(histogram.counts.sum())
+        smallest, *limits = histogram.edges.tolist()
+        sums = (histogram.total, histogram.squares)
+        self.events.summary(
+            step, histogram_raw(name, smallest, limits[-1], count, *sums, limits, histogram.counts.tolist())
+        )
 
     def close(self) -> None:
         """Close the file."""

@@ -6,7 +6,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
 
 from ovr_megatron.errors import UserError
 from ovr_megatron.runtime.files import write_whole
@@ -32,6 +34,43 @@ class Tracker(Protocol):
 
     def close(self) -> None:
         """Finish the records; nothing is logged afterwards."""
+
+
+@runtime_checkable
+class HistogramTracker(Protocol):
+    """A tracker that records histograms as well; one without this method has their quantiles among the metrics."""
+
+    def log_histogram(self, step: int, name: str, histogram: Histogram) -> None:
+        """Record ``histogram`` under ``name`` and ``step``."""
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Counts of values in bins of equal width.
+
+    Attributes:
+        edges: float64 [b + 1], the smallest value, the edges between the bins, and the largest value.
+        counts: int64 [b].
+        total: sum of the values.
+        squares: sum of their squares.
+    """
+
+    edges: np.ndarray
+    counts: np.ndarray
+    total: float
+    squares: float
+
+    def quantile(self, percent: float) -> float:
+        """Return the value that ``percent`` of the values do not exceed, at most the width of a bin too high."""
+        reached = self.counts.cumsum() >= percent / 100 * self.counts.sum()
+        first = int(reached.argmax())
+        return float(self.edges[first + 1])
+
+    def merged(self, bins: int) -> Histogram:
+        """Return the histogram with ``bins`` bins, a divisor of their number."""
+        step = len(self.counts) // bins
+        counts = self.counts.reshape(bins, step).sum(1)
+        return Histogram(self.edges[::step], counts, self.total, self.squares)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,18 @@
+"""A source of few rows, whose epochs end within a short run."""
+
+import json
+from pathlib import Path
+
+
+def questions_source(folder: Path, is_main: bool, count: int = 7) -> str:
+    """Return the setting of a source of ``count`` rows of text, which the main rank writes into ``folder``."""
+    path = folder / "questions.jsonl"
+    if is_main:
+        lines = []
+        for index in range(count):
+            message = {"role": "user", "content": f"Say {index}."}
+            # The runs have rules for both.
+            source = ("image", "text")[index % 2]
+            lines.append(json.dumps({"messages": [message], "answer": "1", "source": source}) + "\n")
+        path.write_text("".join(lines))
+    return f"data.sources=[{{path: '{path}'}}]"
