@@ -170,6 +170,16 @@ class AlgorithmConfig:
             "algorithm.kl_form=k1 in the loss has the gradient of the policy's own log-probability, which is none of "
             "the divergence; use k2 or k3, or algorithm.kl_in=reward",
         )
+        self._check_estimator()
+        for name, bound in (("low", self.correction_low), ("high", self.correction_high)):
+            require(
+                not bound or self.correction is not None,
+                f"algorithm.correction_{name}={bound:g} needs algorithm.correction, which is null; name one, or leave "
+                "the bound out",
+            )
+
+    def _check_estimator(self) -> None:
+        """Raise `ConfigError` where the estimator cannot take the rewards, or has nothing to learn from."""
         require(
             self.estimator != "none" or self.teacher is not None,
             "algorithm.estimator=none takes nothing from the rewards, and there is no teacher to learn from; give "
@@ -196,12 +206,6 @@ class AlgorithmConfig:
             "algorithm.teacher_parallel is the layout of a teacher, and there is none; give algorithm.teacher, or "
             "leave the layout out",
         )
-        for name, bound in (("low", self.correction_low), ("high", self.correction_high)):
-            require(
-                not bound or self.correction is not None,
-                f"algorithm.correction_{name}={bound:g} needs algorithm.correction, which is null; name one, or leave "
-                "the bound out",
-            )
 
     def _check_effects(self) -> None:
         """Raise `ConfigError` where a number is changed that nothing reads."""

@@ -13,11 +13,14 @@ def changed_settings(before: Mapping[str, Any], after: Mapping[str, Any]) -> Ite
     """Yield ``key before -> after`` for every setting that differs, also those that one side does not have."""
     old = dict(_flatten(before))
     new = dict(_flatten(after))
-    for key in dict.fromkeys([*old, *new]):
-        if old.get(key) != new.get(key) and key != "run.dir":
-            old_text = _shorten(old[key]) if key in old else "(not set)"
-            new_text = _shorten(new[key]) if key in new else "(not set)"
-            yield f"{key} {old_text} -> {new_text}"
+    # In the order of the first side, then what the second alone has.
+    keys = dict.fromkeys([*old, *new])
+    for key in keys:
+        if key == "run.dir" or old.get(key) == new.get(key):
+            continue
+        old_text = _shorten(old[key]) if key in old else "(not set)"
+        new_text = _shorten(new[key]) if key in new else "(not set)"
+        yield f"{key} {old_text} -> {new_text}"
 
 
 def _flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -30,5 +33,9 @@ def _flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
 
 
 def _shorten(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= _MAX_VALUE else f"{text[:_MAX_VALUE]}..."
+    text = value
+    if not isinstance(value, str):
+        text = json.dumps(value, ensure_ascii=False, default=str)
+    if len(text) > _MAX_VALUE:
+        return f"{text[:_MAX_VALUE]}..."
+    return text

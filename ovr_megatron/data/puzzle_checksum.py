@@ -54,33 +54,40 @@ def pose_checksum(problem: Misprint, rng: Random, params: Params) -> Puzzle:
 
 def _state_task(first: Digits, second: Digits, right: Digits, verb: str, params: Params) -> tuple[str, str, str]:
     """Return question, response and verifiable answer of ``task``."""
+    task = params["task"]
     number = int("".join(map(str, right)))
-    terms = _join(first)
-    reading = f"I {verb}: {terms}."
-    second_reading = f"I {verb} again: {_join(second)}."
-    total = f"I {verb}: sum {sum(right)}."
-    addition = f"{_add(first)}."
-    if params["task"] == "number":
+    if task == "number":
         thinking = _think(first, second, right, verb, params)
         return "Which digits?", box(thinking, number), str(number)
-    question, response = {
-        "caption": ("Describe.", reading),
-        "again": (f"Not {terms}.", second_reading),
-        "total": ("Name the sum.", total),
-        "arith": (f"Add {terms}.", addition),
-        "box": (f"Box {number}.", box("", number)),
-    }[params["task"]]
-    return question, response, str(number) if params["task"] == "box" else response
+    if task == "box":
+        return f"Box {number}.", box("", number), str(number)
+    terms = _join(first)
+    if task == "caption":
+        question = "Describe."
+        response = f"I {verb}: {terms}."
+    elif task == "again":
+        question = f"Not {terms}."
+        response = f"I {verb} again: {_join(second)}."
+    elif task == "total":
+        question = "Name the sum."
+        response = f"I {verb}: sum {sum(right)}."
+    else:
+        question = f"Add {terms}."
+        response = f"{_add(first)}."
+    # The entire response of a single step is verified.
+    return question, response, response
 
 
 def _think(first: Digits, second: Digits, right: Digits, verb: str, params: Params) -> str:
     """Reason to the right reading: by a check of the likelier one, or at once (``trace=direct``)."""
     if params["trace"] == "direct":
         return f"I {verb}: {_add(right)}. "
-    checked = f"I {verb}: {_add(first)}. I check. I {verb}: sum {sum(right)}. "
+    reading = f"I {verb}: {_add(first)}."
+    comparison = f"I check. I {verb}: sum {sum(right)}."
     if right == first:
-        return f"{checked}Match. "
-    return f"{checked}No match. Wait, I {verb} again: {_add(second)}. Match. "
+        return f"{reading} {comparison} Match. "
+    correction = f"Wait, I {verb} again: {_add(second)}."
+    return f"{reading} {comparison} No match. {correction} Match. "
 
 
 def _join(digits: Digits) -> str:

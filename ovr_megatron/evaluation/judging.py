@@ -127,13 +127,13 @@ def judge_behaviours(
     sample_rows = sorted(random.Random(0).sample(range(len(traces)), min(sample, len(traces))))
     for judge in other_judges:
         result["second"] = _compare_judge(judge, traces, sample_rows, counts.by_behaviour, out)
+    annotations = out / ANNOTATIONS
     if annotate:
-        write_annotations(out / ANNOTATIONS, [(owners[row], traces[row]) for row in sample_rows])
+        write_annotations(annotations, [(owners[row], traces[row]) for row in sample_rows])
     # Also without `annotate`: people may have filled in the file of an earlier run.
-    if (out / ANNOTATIONS).exists():
+    if annotations.exists():
         keys = [(owner, trace.id) for owner, trace in zip(owners, traces, strict=True)]
-        judge_counts, people_counts = read_annotations(out / ANNOTATIONS, keys, counts.by_behaviour)
-        result["people"] = compare_counts(judge_counts, people_counts)
+        result["people"] = compare_counts(*read_annotations(annotations, keys, counts.by_behaviour))
     _write_counts(out / PER_TRACE, owners, traces, counts.by_behaviour)
     write_json(out / RESULT, result, indent=1)
     return result

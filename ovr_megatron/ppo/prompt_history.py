@@ -90,7 +90,10 @@ class PromptHistory:
         self._repeats.pop(position, None)
         self._waiting.pop(position, None)
         equal_groups = self._equal.get(position, 0)
-        if equal_groups == 0 or self._draw("turn", turn) < turn_probability(self._exploration, equal_groups):
+        if equal_groups == 0:
+            return True
+        probability = turn_probability(self._exploration, equal_groups)
+        if self._draw("turn", turn) < probability:
             return True
         self.skipped += 1
         return False
@@ -119,7 +122,10 @@ class PromptHistory:
     def _decide_replay(self, position: RowPosition, mixed: bool, index: int) -> None:
         """Have the prompt of the group ``index`` of this iteration wait for its next repeat, or forget its repeats."""
         repeat = self._repeats.pop(position, 0) + 1
-        if mixed and self._draw("replay", self._iteration, index) < replay_probability(self._decay, repeat):
+        if not mixed:
+            return
+        probability = replay_probability(self._decay, repeat)
+        if self._draw("replay", self._iteration, index) < probability:
             self._repeats[position] = repeat
             self._waiting[position] = self._iteration + self._cooldown
 
@@ -142,12 +148,20 @@ class PromptHistory:
 
         What belongs to an option that is off now is left out.
         """
-        self._iteration = state["iteration"] if state else 0
-        self._equal = _from_lists(state["equal"]) if state and self._exploration else {}
-        self._repeats = _from_lists(state["repeats"]) if state and self._decay else {}
-        self._waiting = _from_lists(state["waiting"]) if state and self._decay else {}
+        self._iteration = 0
+        self._equal = {}
+        self._repeats = {}
+        self._waiting = {}
         self.replayed = 0
         self.skipped = 0
+        if not state:
+            return
+        self._iteration = state["iteration"]
+        if self._exploration:
+            self._equal = _from_lists(state["equal"])
+        if self._decay:
+            self._repeats = _from_lists(state["repeats"])
+            self._waiting = _from_lists(state["waiting"])
 
 
 def _as_lists(counts: dict[RowPosition, int]) -> list[list[int]]:

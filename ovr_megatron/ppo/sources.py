@@ -37,7 +37,11 @@ class ResponseSources:
 
     def of(self, arrays: Ragged, index: int) -> Ragged:
         """Return those of ``arrays``, one for each response, whose response is of source ``index``."""
-        return [array for array, source in zip(arrays, self.indices, strict=True) if source == index]
+        selected = []
+        for array, source in zip(arrays, self.indices, strict=True):
+            if source == index:
+                selected.append(array)
+        return selected
 
 
 def source_names(rows: Sequence[Row]) -> tuple[str, ...]:
@@ -72,12 +76,15 @@ class SourceMeans:
     def add(self, values: Mapping[str, Tensor], sources: Tensor) -> None:
         """Add values [n] of the tokens of a pack, by name, whose sources have the indices ``sources`` [n]."""
         indices = sources.long()
+        zeros = torch.zeros(len(self.names), dtype=torch.float64, device=indices.device)
         ones = torch.ones_like(indices, dtype=torch.float64)
-        counts = ones.new_zeros(len(self.names)).index_add(0, indices, ones)
-        self._counts = counts if self._counts is None else self._counts + counts
+        if self._counts is None:
+            self._counts = zeros
+        self._counts = self._counts.index_add(0, indices, ones)
         for name, token_values in values.items():
-            sums = torch.zeros_like(counts).index_add(0, indices, token_values.double())
-            self._sums[name] = self._sums[name] + sums if name in self._sums else sums
+            # In float64: a sum over many packs in float32 would lose the last tokens.
+            sums = self._sums.get(name, zeros)
+            self._sums[name] = sums.index_add(0, indices, token_values.double())
 
     def means(self) -> dict[str, dict[str, float]]:
         """Return the mean of each value over all ranks, by source; none of a source without tokens.  A collective.
@@ -85,16 +92,24 @@ class SourceMeans:
         Ranks of a tensor-parallel group count the same tokens, all equally often, which changes no mean.  A pipeline
         stage without scores counts none.
         """
+        # From here on the device is waited for, once a step.
         local_sums = {name: sums.tolist() for name, sums in self._sums.items()}
-        local_counts = self._counts.tolist() if self._counts is not None else [0.0] * len(self.names)
+        local_counts = [0.0] * len(self.names)
+        if self._counts is not None:
+            local_counts = self._counts.tolist()
         totals: dict[str, np.ndarray] = {}
         counts = np.zeros(len(self.names))
         for rank_sums, rank_counts in gather_objects((local_sums, local_counts)):
             counts += rank_counts
             for name, sums in rank_sums.items():
-                totals[name] = totals.get(name, 0.0) + np.array(sums)
+                total = totals.setdefault(name, np.zeros(len(self.names)))
+                total += np.array(sums)
         means: dict[str, dict[str, float]] = {}
         for i, source in enumerate(self.names):
-            if counts[i]:
-                means[source] = {name: float(total[i] / counts[i]) for name, total in totals.items()}
+            count = counts[i]
+            if not count:
+                continue
+            means[source] = {}
+            for name, total in totals.items():
+                means[source][name] = float(total[i] / count)
         return means
