@@ -113,16 +113,8 @@ def judge_behaviours(
         "judge": first_judge.judge,
         "approximation": first_judge.is_lexical,
         "missing": dict(counts.missing),
-        "checkpoints": {},
+        "checkpoints": _checkpoint_rates(files, checkpoints, counts.by_behaviour),
     }
-    start = 0
-    for name, checkpoint_traces in checkpoints.items():
-        end = start + len(checkpoint_traces)
-        checkpoint_counts = _select(counts.by_behaviour, range(start, end))
-        verdicts = [trace.is_correct for trace in checkpoint_traces]
-        result["checkpoints"][name] = {**summarise(checkpoint_counts, verdicts), "file": files[name].name}
-        start = end
-
     # A fixed seed: the next run has the same sample, whose answers and annotations are on disk.
     sample_rows = sorted(random.Random(0).sample(range(len(traces)), min(sample, len(traces))))
     for judge in other_judges:
@@ -137,6 +129,21 @@ def judge_behaviours(
     _write_counts(out / PER_TRACE, owners, traces, counts.by_behaviour)
     write_json(out / RESULT, result, indent=1)
     return result
+
+
+def _checkpoint_rates(
+    files: Mapping[str, Path], checkpoints: Mapping[str, Sequence[Trace]], counts: BehaviourCounts
+) -> dict[str, CheckpointBehaviours]:
+    """Return the rates of each checkpoint, whose traces follow each other in ``counts``."""
+    rates: dict[str, CheckpointBehaviours] = {}
+    start = 0
+    for name, traces in checkpoints.items():
+        end = start + len(traces)
+        checkpoint_counts = _select(counts, range(start, end))
+        verdicts = [trace.is_correct for trace in traces]
+        rates[name] = {**summarise(checkpoint_counts, verdicts), "file": files[name].name}
+        start = end
+    return rates
 
 
 def _count(judge: JudgeConfig, traces: Sequence[Trace], folder: Path) -> Counts:
