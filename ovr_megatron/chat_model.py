@@ -127,7 +127,11 @@ class ChatModel:
         return [by_chat[index] for index in range(len(rows))]
 
     def sample(
-        self, chats: Sequence[Conversation], responses: int = 1, sampling: Sampling | None = None, seed: int = 0
+        self,
+        chats: Sequence[Conversation],
+        responses: int = 1,
+        sampling: Sampling | None = None,
+        seed: int = 0,
     ) -> list[list[Reply]]:
         """Sample responses with vLLM, the engine of the rollouts, from the weights as they are now.
 
@@ -194,7 +198,10 @@ class ChatModel:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         self.resources.__exit__(kind, error, traceback)
 
@@ -258,7 +265,10 @@ def _newest_weights(path: str) -> str:
 
 
 def start_empty_rollout(
-    config: ColdStartConfig | RLConfig, folder: Path, processor: Processor, max_model_len: int
+    config: ColdStartConfig | RLConfig,
+    folder: Path,
+    processor: Processor,
+    max_model_len: int,
 ) -> RolloutEngine:
     """Start vLLM on this rank without weights, asleep until an update brings them.  A collective."""
     # Imported here, so that a run without evaluation does not wait for vLLM.

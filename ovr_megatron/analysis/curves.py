@@ -11,7 +11,12 @@ from ovr_megatron.evaluation.statistics import moving_average
 
 
 def draw_curve(
-    axes: Axes, steps: Sequence[int], values: Sequence[float], colour: str, form: str, smooth: bool = True
+    axes: Axes,
+    steps: Sequence[int],
+    values: Sequence[float],
+    colour: str,
+    form: str,
+    smooth: bool = True,
 ) -> None:
     """Plot ``values``, faint, with a strong moving average over a twentieth of the run, and label the last mean."""
     use_whole_steps(axes)

@@ -65,7 +65,11 @@ class ResponseItem:
 
 
 def rollout_items(
-    stage: Stage, root: Path, iteration: int, rollouts: Sequence[RolloutLine], indices: Sequence[int]
+    stage: Stage,
+    root: Path,
+    iteration: int,
+    rollouts: Sequence[RolloutLine],
+    indices: Sequence[int],
 ) -> list[ResponseItem]:
     """Return the rollouts ``indices`` of an iteration, for a page in the folder ``root``."""
     rows = [rollouts[index] for index in indices]
@@ -98,7 +102,9 @@ def _image_address(run: Path, name: str, root: Path) -> str | None:
 
 
 def evaluation_items(
-    judge_counts: Sequence[Mapping[str, int | None]], rows: Sequence[EvaluationLine], indices: Sequence[int]
+    judge_counts: Sequence[Mapping[str, int | None]],
+    rows: Sequence[EvaluationLine],
+    indices: Sequence[int],
 ) -> list[ResponseItem]:
     """Return the responses ``indices`` of an evaluation; ``judge_counts`` are those of its greedy responses."""
     # A judge reads the greedy responses in their order, without the prompts over the limit, which have none.

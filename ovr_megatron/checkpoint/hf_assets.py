@@ -104,7 +104,10 @@ def _update_json(path: Path, values: Mapping[str, object]) -> None:
 
 
 def _update_pixel_budget(
-    path: Path, budget: dict[str, int], size: dict[str, int], video_options: Mapping[str, object]
+    path: Path,
+    budget: dict[str, int],
+    size: dict[str, int],
+    video_options: Mapping[str, object],
 ) -> None:
     """Set the pixel budget wherever the file has one, and the options of a video processor.
 

@@ -59,7 +59,10 @@ class SFT:
     """
 
     def __init__(
-        self, config: ColdStartConfig | RLConfig, world: World | None = None, launch: LaunchArgs | None = None
+        self,
+        config: ColdStartConfig | RLConfig,
+        world: World | None = None,
+        launch: LaunchArgs | None = None,
     ):
         """Load the model and open data, log and checkpoints.
 
@@ -240,7 +243,10 @@ class SFT:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         if error is None:
             self.close()

@@ -181,7 +181,9 @@ def pack(
 
 
 def share_prompts(
-    samples: Sequence[Sample], extras: Sequence[Mapping[str, np.ndarray]] | None, prompts: Sequence[int]
+    samples: Sequence[Sample],
+    extras: Sequence[Mapping[str, np.ndarray]] | None,
+    prompts: Sequence[int],
 ) -> tuple[list[Sample], list[Mapping[str, np.ndarray]] | None, list[int]]:
     """Cut samples of one prompt into the prompt, once, and what follows it; return the documents.
 

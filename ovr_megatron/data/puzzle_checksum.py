@@ -25,6 +25,7 @@ Misprint = tuple[Digits, int, int]  # (likelier reading of the row, index of the
 
 def draw_checksum(rng: Random, params: Params) -> Misprint:
     """Draw a row of digits 1 to ``high`` and a second reading of one of them."""
+    # The order of the draws decides which rows a seed gives.
     high = params["high"]
     digits = tuple(rng.randint(1, high) for _ in range(params["cols"]))
     index = rng.randrange(len(digits))
@@ -46,6 +47,7 @@ def pose_checksum(problem: Misprint, rng: Random, params: Params) -> Puzzle:
     question, response, answer = _state_task(first, second, right, verb, params)
     if params["task"] in ("arith", "box"):
         return Puzzle((TextPart(question),), response, answer)
+    # A picture and its text twin show the same figures.
     figures = [str(digit) for digit in first]
     figures[index] = f"{first[index]}/{other}"
     parts = _show(figures, sum(right), question, rng, params)

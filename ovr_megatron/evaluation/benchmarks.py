@@ -107,7 +107,11 @@ def _all_correct(responses: Sequence[GradedResponse]) -> bool:
 
 
 def _vlmevalkit(
-    name: str, title: str, command: str, model_judge: bool = False, paper: Mapping[str, float] | None = None
+    name: str,
+    title: str,
+    command: str,
+    model_judge: bool = False,
+    paper: Mapping[str, float] | None = None,
 ) -> Benchmark:
     return Benchmark(name, title, model_judge=model_judge, paper=paper or {}, harness=VLMEVALKIT, command=command)
 

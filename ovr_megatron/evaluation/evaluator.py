@@ -145,7 +145,11 @@ def _fingerprint(
 
 
 def evaluate(
-    context: EvalContext, problems: ProblemSet, settings: EvaluationSettings, out: Path, mark: str | None = None
+    context: EvalContext,
+    problems: ProblemSet,
+    settings: EvaluationSettings,
+    out: Path,
+    mark: str | None = None,
 ) -> EvaluationResult | None:
     """Answer and grade every problem, write ``out/NAME.json`` and ``out/NAME.responses.jsonl``; a collective.
 
@@ -197,7 +201,11 @@ def evaluate(
 
 
 def _generate_and_grade(
-    context: EvalContext, problems: ProblemSet, settings: EvaluationSettings, cache: ResponseCache, work: WorkBarrier
+    context: EvalContext,
+    problems: ProblemSet,
+    settings: EvaluationSettings,
+    cache: ResponseCache,
+    work: WorkBarrier,
 ) -> list[GradedResponse]:
     """Answer this replica's share of the problems, and grade the responses on its leader; close the cache."""
     assert settings.samples is not None
@@ -271,7 +279,10 @@ def _generate(
 
 
 def _missing_requests(
-    cache: ResponseCache, index: int, row: Row, settings: EvaluationSettings
+    cache: ResponseCache,
+    index: int,
+    row: Row,
+    settings: EvaluationSettings,
 ) -> Iterator[ProblemRequest]:
     """Yield requests for the greedy response and for the samples of a problem that are not cached."""
     assert settings.samples is not None

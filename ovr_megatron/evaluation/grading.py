@@ -38,7 +38,9 @@ def request_maker(processor: Processor, problems: ProblemSet) -> RequestMaker:
 
 
 def grade(
-    grader: GraderPool, responses: Sequence[GradedResponse], make_request: RequestMaker = boxed_request
+    grader: GraderPool,
+    responses: Sequence[GradedResponse],
+    make_request: RequestMaker = boxed_request,
 ) -> list[GradedResponse]:
     """Return the responses with their verdicts and votes.
 

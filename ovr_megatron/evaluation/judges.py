@@ -63,7 +63,10 @@ class Counts:
 
 
 def count_behaviours(
-    traces: Sequence[Trace], config: JudgeConfig, folder: Path, progress: Callable[[int], None]
+    traces: Sequence[Trace],
+    config: JudgeConfig,
+    folder: Path,
+    progress: Callable[[int], None],
 ) -> Counts:
     """Have every behaviour counted in every trace.
 
@@ -110,7 +113,10 @@ class JudgeAnswer:
 
 
 def ask_judge(
-    questions: Sequence[KeyedQuestion], config: JudgeConfig, folder: Path, progress: Callable[[int], None]
+    questions: Sequence[KeyedQuestion],
+    config: JudgeConfig,
+    folder: Path,
+    progress: Callable[[int], None],
 ) -> dict[int, JudgeAnswer]:
     """Send the questions that have no answer in the journal of ``folder`` to the judge model.
 
@@ -167,7 +173,10 @@ def _key(config: JudgeConfig, behaviour: Behaviour, trace: Trace) -> int:
 
 
 def _ask_endpoint(
-    questions: Sequence[KeyedQuestion], config: JudgeConfig, journal: Journal, on_result: OnResult
+    questions: Sequence[KeyedQuestion],
+    config: JudgeConfig,
+    journal: Journal,
+    on_result: OnResult,
 ) -> None:
     base_url, _, model = config.judge.rpartition("#")
     settings = replace(config, base_url=base_url, model=model)

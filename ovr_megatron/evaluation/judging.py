@@ -77,7 +77,12 @@ class AnnotationLine(TypedDict, total=False):
 
 
 def judge_behaviours(
-    files: Mapping[str, Path], judges: Sequence[JudgeConfig], out: Path, limit: int, sample: int, annotate: bool
+    files: Mapping[str, Path],
+    judges: Sequence[JudgeConfig],
+    out: Path,
+    limit: int,
+    sample: int,
+    annotate: bool,
 ) -> BehaviourResult:
     """Have behaviours counted in the responses of every checkpoint; write ``behaviours.json`` and ``counts.jsonl``.
 
@@ -132,10 +137,13 @@ def judge_behaviours(
 
 
 def _checkpoint_rates(
-    files: Mapping[str, Path], checkpoints: Mapping[str, Sequence[Trace]], counts: BehaviourCounts
+    files: Mapping[str, Path],
+    checkpoints: Mapping[str, Sequence[Trace]],
+    counts: BehaviourCounts,
 ) -> dict[str, CheckpointBehaviours]:
     """Return the rates of each checkpoint, whose traces follow each other in ``counts``."""
     rates: dict[str, CheckpointBehaviours] = {}
+    # The traces of all checkpoints were judged in one call, in this order.
     start = 0
     for name, traces in checkpoints.items():
         end = start + len(traces)
@@ -152,7 +160,11 @@ def _count(judge: JudgeConfig, traces: Sequence[Trace], folder: Path) -> Counts:
 
 
 def _compare_judge(
-    judge: JudgeConfig, traces: Sequence[Trace], rows: Sequence[int], counts: BehaviourCounts, folder: Path
+    judge: JudgeConfig,
+    traces: Sequence[Trace],
+    rows: Sequence[int],
+    counts: BehaviourCounts,
+    folder: Path,
 ) -> JudgeAgreement:
     """Have another judge count in the traces ``rows``, and return its agreement with the first judge's ``counts``."""
     judge_counts = _count(judge, [traces[row] for row in rows], folder)
@@ -217,7 +229,9 @@ def write_annotations(path: Path, sample: Sequence[tuple[str, Trace]]) -> None:
 
 
 def read_annotations(
-    path: Path, keys: Sequence[tuple[str, str]], counts: BehaviourCounts
+    path: Path,
+    keys: Sequence[tuple[str, str]],
+    counts: BehaviourCounts,
 ) -> tuple[BehaviourCounts, BehaviourCounts]:
     """Return the judge's and people's counts where people have filled one in.
 

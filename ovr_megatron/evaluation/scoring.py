@@ -282,7 +282,9 @@ def add_votes(grader: GraderPool, responses: Sequence[GradedResponse]) -> list[G
 
 
 def _vote_for_first(
-    grader: GraderPool, problems: Mapping[int, GradedResponse], remaining: Mapping[int, Sequence[str]]
+    grader: GraderPool,
+    problems: Mapping[int, GradedResponse],
+    remaining: Mapping[int, Sequence[str]],
 ) -> dict[tuple[int, str], str]:
     """Return the votes, by problem and answer, of each problem's first answer and those that count as the same."""
     votes: dict[tuple[int, str], str] = {}

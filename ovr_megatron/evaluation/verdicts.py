@@ -112,7 +112,9 @@ def judge_responses(scores: Path, config: JudgeConfig) -> JudgedScores:
 
 
 def _ask_verdicts(
-    responses: Sequence[GradedResponse], config: JudgeConfig, folder: Path
+    responses: Sequence[GradedResponse],
+    config: JudgeConfig,
+    folder: Path,
 ) -> tuple[list[bool | None], dict[str, int]]:
     """Return the judge's verdict on every response, None without one, and the number without one by reason.
 

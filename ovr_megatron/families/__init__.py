@@ -222,6 +222,7 @@ class Family:
 
     def load_hf_class(self) -> type[Any]:
         """Return Transformers' class named by ``architecture``."""
+        # Here and not at the top: the records of all families are read without Transformers.
         import transformers
 
         model_class: type[Any] = getattr(transformers, self.architecture)

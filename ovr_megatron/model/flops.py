@@ -34,7 +34,10 @@ def attention_forward(shape: ModelShape, squares: float) -> float:
 
 
 def training_passes(
-    language_trains: bool, vision_trains: bool, merger_trains: bool, vision_adapters: bool = False
+    language_trains: bool,
+    vision_trains: bool,
+    merger_trains: bool,
+    vision_adapters: bool = False,
 ) -> tuple[float, float, float]:
     """Return the FLOP of forward and backward over those of forward: language model's matrices, tower, merger.
 

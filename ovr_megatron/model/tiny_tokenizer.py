@@ -32,7 +32,11 @@ class LearnedVocabulary(TypedDict):
 
 
 def write_tokenizer(
-    out: Path, corpus: Iterable[str], bpe_vocab: int, max_length: int, family: Family | None = None
+    out: Path,
+    corpus: Iterable[str],
+    bpe_vocab: int,
+    max_length: int,
+    family: Family | None = None,
 ) -> dict[str, int]:
     """Train a tokenizer on ``corpus`` and write its files to ``out``.
 

@@ -51,6 +51,7 @@ def model_flops(scenario: Scenario, span: Span) -> float:
     if isinstance(config, ColdStartConfig):
         return tokens * policy.training
     algorithm = config.algorithm
+    # Generation computes each token once, as a forward pass does.
     forward_passes = config.generates + config.scoring_passes
     per_token = policy.forward * forward_passes
     if config.trains_policy:

@@ -384,7 +384,9 @@ def cache_bytes_per_token(shape: ModelShape, rollout: RolloutConfig, dtype: str)
 
 
 def checkpoint_bytes(
-    config: ColdStartConfig | RLConfig, shape: ModelShape, critic_shape: ModelShape | None = None
+    config: ColdStartConfig | RLConfig,
+    shape: ModelShape,
+    critic_shape: ModelShape | None = None,
 ) -> int:
     """Return the bytes of one checkpoint on disk: weights, moments and master weights of every model of the recipe.
 

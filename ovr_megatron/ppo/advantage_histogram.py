@@ -35,8 +35,10 @@ def histogram_over_ranks(arrays: Ragged, layout: Layout) -> Histogram | None:
     if smallest > largest:
         return None
     edges = np.linspace(smallest, largest, BINS + 1)
+    # All ranks have the same edges, so that counts of bins can be added.
     local_counts, _ = np.histogram(values, edges)
     local_moments = moments([values])
+    # One collective for both.
     sums = sum_over_dp(np.concatenate([local_counts, local_moments]), layout)
     counts = sums[:BINS].round().astype(np.int64)
     return Histogram(edges, counts, float(sums[-2]), float(sums[-1]))
@@ -56,7 +58,9 @@ def describe_histogram(histogram: Histogram, suffix: str = "") -> dict[str, floa
 
 
 def advantage_metrics(
-    advantages: Ragged, sources: ResponseSources, layout: Layout
+    advantages: Ragged,
+    sources: ResponseSources,
+    layout: Layout,
 ) -> tuple[dict[str, float], Histogram | None]:
     """Return the distribution of the advantages as metrics, of all tokens and by source, and a histogram to show.
 
@@ -71,6 +75,7 @@ def advantage_metrics(
     if histogram is None:
         return {}, None
     metrics = describe_histogram(histogram)
+    # The names are the same on all ranks, which so enter the same collectives.
     for i, name in enumerate(sources.names):
         of_source = histogram_over_ranks(sources.of(advantages, i), layout)
         if of_source is not None:

@@ -338,7 +338,11 @@ def _redraw(prompts: PromptStream, saved: SavedIteration) -> list[Row]:
 
 
 def _build_lines(
-    run: Path, iteration: int, prompts: Prompts, responses: Sequence[Response], advantages: Ragged | None
+    run: Path,
+    iteration: int,
+    prompts: Prompts,
+    responses: Sequence[Response],
+    advantages: Ragged | None,
 ) -> list[ArchivedResponse]:
     """Return a JSON object for each of ``responses``, and save the first image of a few prompts."""
     image_names: dict[int, str] = {}

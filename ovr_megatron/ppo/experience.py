@@ -125,7 +125,11 @@ class CriticBatch:
 
 
 def compute_experience(
-    models: Models, rollout: Rollout, responses: list[Response], batch: Batch, iteration: int
+    models: Models,
+    rollout: Rollout,
+    responses: list[Response],
+    batch: Batch,
+    iteration: int,
 ) -> tuple[Experience, CriticBatch | None]:
     """Compute log-probabilities where they are needed, values, and advantages; no model changes.  A collective.
 
@@ -211,7 +215,10 @@ def _kl_penalties(experience: Experience, algorithm: AlgorithmConfig) -> Ragged:
 
 
 def _compute_with_critic(
-    models: Models, rollout: Rollout, experience: Experience, rewards: Ragged
+    models: Models,
+    rollout: Rollout,
+    experience: Experience,
+    rewards: Ragged,
 ) -> tuple[CriticBatch, Ragged, Ragged]:
     """Return the critic's batch, and values and advantages of the policy's share.  A collective.
 
@@ -252,7 +259,10 @@ def _compute_with_critic(
 
 
 def estimate(
-    algorithm: AlgorithmConfig, rewards: Ragged, groups: Sequence[int], values: Ragged | None = None
+    algorithm: AlgorithmConfig,
+    rewards: Ragged,
+    groups: Sequence[int],
+    values: Ragged | None = None,
 ) -> Estimate:
     """Return the advantages before they are normalised over the batch, and with ``values`` the critic's targets.
 

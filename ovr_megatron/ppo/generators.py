@@ -108,7 +108,12 @@ class Generators:
         self._reshard = Reshard(None, int(rollout.bucket_mib * 2**20), rollout.check_updates, job.group)
 
     def start(
-        self, models: Models, iteration: int, checkpoint: ResumePoint | None, run: Path, prompts: PromptStream
+        self,
+        models: Models,
+        iteration: int,
+        checkpoint: ResumePoint | None,
+        run: Path,
+        prompts: PromptStream,
     ) -> None:
         """Bring the weights of the beginning, and the responses that the checkpoint goes on with.
 
@@ -138,7 +143,12 @@ class Generators:
         exchange({generator: groups} if groups else {}, self._job.messages)
 
     def _read_ahead(
-        self, ahead: Sequence[dict[str, float]], iteration: int, world: World, run: Path, prompts: PromptStream
+        self,
+        ahead: Sequence[dict[str, float]],
+        iteration: int,
+        world: World,
+        run: Path,
+        prompts: PromptStream,
     ) -> bool:
         """Read the responses that were generated ahead of ``iteration``; return whether all are there."""
         position = prompts.state()
@@ -309,7 +319,11 @@ def ahead_of(checkpoint: ResumePoint) -> list[dict[str, float]]:
 
 
 def iterate_split(
-    models: Models, generators: Generators, prompts: PromptStream, iteration: int, goes_on: bool
+    models: Models,
+    generators: Generators,
+    prompts: PromptStream,
+    iteration: int,
+    goes_on: bool,
 ) -> IterationResult:
     """Run iteration ``iteration`` (from 0) with responses of the generators.  A collective of the trainers.
 

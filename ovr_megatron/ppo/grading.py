@@ -28,7 +28,12 @@ class RoundGrading:
     """
 
     def __init__(
-        self, grader: GraderPool, processor: Processor, config: RLConfig, rows: Sequence[Row], counters: RolloutCounters
+        self,
+        grader: GraderPool,
+        processor: Processor,
+        config: RLConfig,
+        rows: Sequence[Row],
+        counters: RolloutCounters,
     ) -> None:
         self.responses: dict[tuple[int, int], Response] = {}
         self._grader = grader

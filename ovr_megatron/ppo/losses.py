@@ -116,7 +116,11 @@ def clipped_surrogate(ratio: Tensor, advantages: Tensor, settings: AlgorithmConf
 
 
 def clip_loss(
-    logprobs: Tensor, old: Tensor, advantages: Tensor, segments: ResponseSegments, settings: AlgorithmConfig
+    logprobs: Tensor,
+    old: Tensor,
+    advantages: Tensor,
+    segments: ResponseSegments,
+    settings: AlgorithmConfig,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return PPO's loss, the `clipped_surrogate` of each token's own ratio rho = exp(log pi - log pi_old).
 
@@ -127,7 +131,11 @@ def clip_loss(
 
 
 def gspo_loss(
-    logprobs: Tensor, old: Tensor, advantages: Tensor, segments: ResponseSegments, settings: AlgorithmConfig
+    logprobs: Tensor,
+    old: Tensor,
+    advantages: Tensor,
+    segments: ResponseSegments,
+    settings: AlgorithmConfig,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return GSPO's loss, the `clipped_surrogate` of one ratio for all tokens of a response.
 
@@ -145,7 +153,11 @@ def gspo_loss(
 
 
 def cispo_loss(
-    logprobs: Tensor, old: Tensor, advantages: Tensor, segments: ResponseSegments, settings: AlgorithmConfig
+    logprobs: Tensor,
+    old: Tensor,
+    advantages: Tensor,
+    segments: ResponseSegments,
+    settings: AlgorithmConfig,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return CISPO's loss, -sg(clip(rho, 1 - clip, 1 + clip_high)) A log pi (MiniMax-M1, 2025).
 
@@ -158,7 +170,11 @@ def cispo_loss(
 
 
 def gmpo_loss(
-    logprobs: Tensor, old: Tensor, advantages: Tensor, segments: ResponseSegments, settings: AlgorithmConfig
+    logprobs: Tensor,
+    old: Tensor,
+    advantages: Tensor,
+    segments: ResponseSegments,
+    settings: AlgorithmConfig,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return GMPO's loss: the geometric mean of a response's clipped ratios takes the place of its tokens' ratios.
 
@@ -178,7 +194,11 @@ def gmpo_loss(
 
 
 def sapo_loss(
-    logprobs: Tensor, old: Tensor, advantages: Tensor, segments: ResponseSegments, settings: AlgorithmConfig
+    logprobs: Tensor,
+    old: Tensor,
+    advantages: Tensor,
+    segments: ResponseSegments,
+    settings: AlgorithmConfig,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return SAPO's loss, -4 / tau sigmoid(tau (rho - 1)) A (Gao et al. 2025).
 
@@ -193,7 +213,11 @@ def sapo_loss(
 
 
 def dppo_tv_loss(
-    logprobs: Tensor, old: Tensor, advantages: Tensor, segments: ResponseSegments, settings: AlgorithmConfig
+    logprobs: Tensor,
+    old: Tensor,
+    advantages: Tensor,
+    segments: ResponseSegments,
+    settings: AlgorithmConfig,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the loss of DPPO with the total variation of the binary event that the token is drawn, |pi - pi_old|.
 
@@ -204,7 +228,11 @@ def dppo_tv_loss(
 
 
 def dppo_kl_loss(
-    logprobs: Tensor, old: Tensor, advantages: Tensor, segments: ResponseSegments, settings: AlgorithmConfig
+    logprobs: Tensor,
+    old: Tensor,
+    advantages: Tensor,
+    segments: ResponseSegments,
+    settings: AlgorithmConfig,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the loss of DPPO with the divergence of the binary event that the token is drawn.
 
@@ -221,7 +249,11 @@ def _rest(logprobs: Tensor) -> Tensor:
 
 
 def _divergence_masked(
-    logprobs: Tensor, old: Tensor, advantages: Tensor, divergences: Tensor, settings: AlgorithmConfig
+    logprobs: Tensor,
+    old: Tensor,
+    advantages: Tensor,
+    divergences: Tensor,
+    settings: AlgorithmConfig,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return -rho A [n], but 0 for the tokens that have left the trust region in the direction of their advantage.
 

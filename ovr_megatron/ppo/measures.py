@@ -141,7 +141,11 @@ def _head_flops(models: Models, experience: Experience, shape: ModelShape) -> fl
 
 
 def mfu_metrics(
-    models: Models, experience: Experience, iteration: int, metrics: dict[str, float], peak_flops: float
+    models: Models,
+    experience: Experience,
+    iteration: int,
+    metrics: dict[str, float],
+    peak_flops: float,
 ) -> dict[str, float]:
     """Return rate and utilisation of values and update, ``timing/value`` and ``timing/update``.  A collective.
 

@@ -120,7 +120,11 @@ class PolicyObjective:
         return result
 
     def _importance(
-        self, correction: Correction, log_ratio: Tensor, segments: ResponseSegments, staleness: Tensor | None
+        self,
+        correction: Correction,
+        log_ratio: Tensor,
+        segments: ResponseSegments,
+        staleness: Tensor | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weight of each token [n] in the correction, and sums to log.
 

@@ -73,6 +73,7 @@ class PromptHistory:
 
     def take_replays(self, count: int) -> list[RowPosition]:
         """Return at most ``count`` prompts whose repeat is due, in the order of their groups."""
+        # The order of the dictionary is that of the groups, also after a resume.
         due = [position for position, iteration in self._waiting.items() if iteration <= self._iteration]
         replays = due[:count]
         for position in replays:
@@ -104,6 +105,7 @@ class PromptHistory:
         Args:
             groups: of each the prompt, whether the rewards differ, and whether the prompt has a turn in each epoch.
         """
+        # All ranks have the same groups in the same order, and so draw the same numbers.
         for index, (position, mixed, has_turns) in enumerate(groups):
             if self._exploration and has_turns:
                 self._count_equal(position, mixed)

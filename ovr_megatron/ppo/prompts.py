@@ -269,6 +269,7 @@ class PromptStream:
 
     def _next_row(self) -> tuple[Row, RowPosition]:
         """Return the next row of the stream that takes its turn, and its position."""
+        # A skipped turn counts as drawn: the epoch goes on behind it.
         while True:
             row = next(self.stream)
             position = self.stream.last_position

@@ -16,7 +16,11 @@ SumOverRanks = Callable[[np.ndarray], np.ndarray]
 
 
 def token_weights(
-    reduction: str, lengths: Sequence[int], packs: Sequence[Sequence[int]], constant: int, sum_over_ranks: SumOverRanks
+    reduction: str,
+    lengths: Sequence[int],
+    packs: Sequence[Sequence[int]],
+    constant: int,
+    sum_over_ranks: SumOverRanks,
 ) -> Ragged | None:
     """Return factors for the tokens' losses that turn the mean over all tokens of a step into the set reduction.
 
@@ -57,7 +61,10 @@ def token_weights(
 
 
 def positive_nll_weights(
-    right: Sequence[bool], lengths: Sequence[int], members: Sequence[int], sum_over_ranks: SumOverRanks
+    right: Sequence[bool],
+    lengths: Sequence[int],
+    members: Sequence[int],
+    sum_over_ranks: SumOverRanks,
 ) -> Ragged:
     """Return factors that turn the mean over all tokens of a step into the mean over those of its right responses.
 

@@ -114,7 +114,12 @@ class Rollouts:
     version: int | None = None
 
     def __init__(
-        self, engine: RolloutEngine, grader: GraderPool, processor: Processor, config: RLConfig, world: World
+        self,
+        engine: RolloutEngine,
+        grader: GraderPool,
+        processor: Processor,
+        config: RLConfig,
+        world: World,
     ) -> None:
         self.engine = engine
         self.grader = grader
@@ -185,6 +190,7 @@ class Rollouts:
         for prompt in sorted(order[: config.prompts]):
             rollout.train_prompts[prompt] = tokens[prompt]
         self._leave_to_later(prompts, rollout)
+        # Last: prompts that wait for a later round have no rewards yet.
         rollout.metrics |= prompts.observe(positions, rollout.mixed)
         return rollout
 

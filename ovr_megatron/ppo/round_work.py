@@ -37,7 +37,11 @@ def assign(indices: Sequence[int], replica: int, replicas: int, static: bool) ->
 
 
 def assign_continued(
-    continued: int, complete: Collection[int], total: int, replicas: int, static: bool
+    continued: int,
+    complete: Collection[int],
+    total: int,
+    replicas: int,
+    static: bool,
 ) -> tuple[list[RoundWork], dict[int, int]]:
     """Return each replica's share of a round that goes on with responses, and the replica of each such prompt.
 

@@ -46,6 +46,7 @@ class ResponseSources:
 
 def source_names(rows: Sequence[Row]) -> tuple[str, ...]:
     """Return the names of the sources of ``rows``, sorted; none where there is only one."""
+    # Sorted: an index means the same source on all ranks.
     names = sorted({row.source for row in rows})
     return tuple(names) if len(names) > 1 else ()
 

@@ -71,7 +71,11 @@ class RuleParameters:
 
 
 def read_parameters(
-    name: str, parameters: str, words: Collection[str], largest: float, has_frame: bool
+    name: str,
+    parameters: str,
+    words: Collection[str],
+    largest: float,
+    has_frame: bool,
 ) -> RuleParameters:
     """Read the ``parameters`` of the rule called ``name``.
 

@@ -27,7 +27,11 @@ def critic_folder(config: RLConfig, model_folder: Path) -> Path:
 
 
 def build_critic(
-    config: RLConfig, model_folder: Path, processor: Processor, world: World, policy: Engine | None = None
+    config: RLConfig,
+    model_folder: Path,
+    processor: Processor,
+    world: World,
+    policy: Engine | None = None,
 ) -> Engine:
     """Build the critic with the weights in ``critic.path``, or those of ``model_folder``, and a value head.
 

@@ -108,7 +108,12 @@ def _rehearse(config: RLConfig, world: World, run: Path, resources: ExitStack) -
 
 
 def _begin(
-    config: RLConfig, world: World, models: Models, prompts: PromptStream, model_folder: Path, resources: ExitStack
+    config: RLConfig,
+    world: World,
+    models: Models,
+    prompts: PromptStream,
+    model_folder: Path,
+    resources: ExitStack,
 ) -> Callable[[int], IterationResult]:
     """Start engines and graders, or bring the weights to the ranks that have them; return what runs an iteration."""
     if world.job:

@@ -22,7 +22,12 @@ _IMAGE_ARRAYS = {"grid_thw": "patches of the image", "patches": "pixels", "posit
 
 
 def check_reads_samples(
-    setting: str, folder: Path, shape: ModelShape, processor: Processor, longest: int, same_template: bool = False
+    setting: str,
+    folder: Path,
+    shape: ModelShape,
+    processor: Processor,
+    longest: int,
+    same_template: bool = False,
 ) -> None:
     """Refuse a model that would read other token ids, patches or positions than the policy, or too few of them.
 
@@ -41,6 +46,7 @@ def check_reads_samples(
         ConfigError: names what differs.
     """
     _check_sizes(setting, shape, processor.shape)
+    # The run's own limits may be too small for the fixed prompt.
     config = replace(processor.config, max_prompt_tokens=DataConfig().max_prompt_tokens, max_images=1)
     arrays = _TOKENS | _IMAGE_ARRAYS
     if not same_template:

@@ -161,7 +161,11 @@ def evaluated_tokens(config: RLConfig, shape: ModelShape) -> int:
 
 
 def build_models(
-    config: RLConfig, model_folder: Path, processor: Processor, world: World, training: bool = True
+    config: RLConfig,
+    model_folder: Path,
+    processor: Processor,
+    world: World,
+    training: bool = True,
 ) -> tuple[Models, dict[str, Engine]]:
     """Build the models of an iteration; return them, and by name those that train.
 
@@ -284,7 +288,10 @@ def start_graders(config: RLConfig, world: World) -> GraderPool:
 
 
 def start_engine(
-    config: RLConfig, model_folder: Path, processor: Processor, group: dist.ProcessGroup | None = None
+    config: RLConfig,
+    model_folder: Path,
+    processor: Processor,
+    group: dist.ProcessGroup | None = None,
 ) -> RolloutEngine:
     """Start vLLM on this rank without weights, for rollouts and evaluation.  A collective.
 

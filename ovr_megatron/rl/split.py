@@ -29,7 +29,12 @@ def check_sides(config: RLConfig, world: World | None) -> None:
 
 
 def join_generators(
-    config: RLConfig, job: SplitJob, stop: StopRequest, last: int, exit_code: Callable[[], int], resources: ExitStack
+    config: RLConfig,
+    job: SplitJob,
+    stop: StopRequest,
+    last: int,
+    exit_code: Callable[[], int],
+    resources: ExitStack,
 ) -> Generators:
     """Return the ranks that only generate, which end with ``resources`` as the run does.
 

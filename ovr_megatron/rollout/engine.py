@@ -425,7 +425,11 @@ def request_of(prompt: Prompt) -> dict[str, object]:
 
 
 def _settings(
-    config: RolloutConfig, processor: Processor, dtype: str, max_model_len: int, offload: bool = False
+    config: RolloutConfig,
+    processor: Processor,
+    dtype: str,
+    max_model_len: int,
+    offload: bool = False,
 ) -> dict[str, Any]:
     """Return the arguments of `vllm.LLM`."""
     data = processor.config

@@ -82,7 +82,9 @@ def answer_rows(
 
 
 def _encode_fitting(
-    processor: Processor, rows: Mapping[int, Row], on_error: Callable[[int, dict[str, str]], None]
+    processor: Processor,
+    rows: Mapping[int, Row],
+    on_error: Callable[[int, dict[str, str]], None],
 ) -> dict[int, Sample]:
     """Return the samples of the rows whose prompts are not too long, by key, their images processed in one batch."""
     lengths = processor.lengths(list(rows.values()), generation=True)
@@ -97,7 +99,12 @@ def _encode_fitting(
 
 
 def sample_rows(
-    engine: RolloutEngine, processor: Processor, rows: Sequence[Row], seeds: Sequence[int], sampling: Sampling, tp: int
+    engine: RolloutEngine,
+    processor: Processor,
+    rows: Sequence[Row],
+    seeds: Sequence[int],
+    sampling: Sampling,
+    tp: int,
 ) -> list[list[Generation]]:
     """Answer every row once for each seed, the rows balanced over the engines; return all on every rank.
 

@@ -137,7 +137,10 @@ class PendingPrompts:
         return index, self._first_seed[state.external_req_id] + state.request_index
 
     def _add_finished(
-        self, responses: dict[SampleKey, Generation], state: RequestState, outputs: Sequence[CompletionOutput | None]
+        self,
+        responses: dict[SampleKey, Generation],
+        state: RequestState,
+        outputs: Sequence[CompletionOutput | None],
     ) -> None:
         """Add the finished samples among ``outputs`` of the request that ``state`` is of."""
         index = self._prompt_of_request[state.external_req_id]

@@ -81,7 +81,9 @@ def target_params(model: nn.Module) -> Iterator[TargetParam]:
 
 
 def _layout(
-    name: str, module: nn.Module, parameter: nn.Parameter
+    name: str,
+    module: nn.Module,
+    parameter: nn.Parameter,
 ) -> tuple[tuple[int, ...], int | None, tuple[RowRange, ...]]:
     """Return a parameter's shape on this rank, its sharded dimension and its row ranges."""
     hf_name = name.removeprefix("language_model.")

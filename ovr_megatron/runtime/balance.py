@@ -9,7 +9,10 @@ import numpy as np
 
 
 def balance(
-    costs: Sequence[float] | np.ndarray, bins: int, equal_counts: bool = False, in_order: bool = False
+    costs: Sequence[float] | np.ndarray,
+    bins: int,
+    equal_counts: bool = False,
+    in_order: bool = False,
 ) -> list[list[int]]:
     """Balance items over ``bins``: each item goes to the bin with the least cost so far, of equals to the first.
 

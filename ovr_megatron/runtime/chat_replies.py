@@ -19,7 +19,11 @@ class ReplyError(Exception):
 
 
 def read_completion(
-    key: int, text: str, request_bytes: int, max_tokens: int, excerpt: Callable[[str], str]
+    key: int,
+    text: str,
+    request_bytes: int,
+    max_tokens: int,
+    excerpt: Callable[[str], str],
 ) -> Completion:
     """Read a chat completion, any field of which may be missing or of another type.
 

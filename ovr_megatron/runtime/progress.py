@@ -49,7 +49,13 @@ class Progress:
     """
 
     def __init__(
-        self, total: int, what: str, unit: str = "step", show: bool = True, start: int = 0, inner: bool = False
+        self,
+        total: int,
+        what: str,
+        unit: str = "step",
+        show: bool = True,
+        start: int = 0,
+        inner: bool = False,
     ):
         self.total = total
         self.what = what
@@ -104,7 +110,10 @@ class Progress:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         if self.bar is not None:
             self.bar.close()

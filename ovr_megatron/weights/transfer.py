@@ -83,7 +83,9 @@ def _check_tensor(folder: WeightFolder, name: str, expected: tuple[int, ...]) ->
 
 
 def check_finite(
-    folder: WeightFolder, share: tuple[int, int] = (0, 1), on_tensor: Callable[[], None] = watchdog.touch
+    folder: WeightFolder,
+    share: tuple[int, int] = (0, 1),
+    on_tensor: Callable[[], None] = watchdog.touch,
 ) -> None:
     """Refuse weights that are NaN or infinite; every byte is read, piece by piece.
 

@@ -18,7 +18,10 @@ def positions(segments: Sequence[int | Visual], shape: ModelShape, after_video: 
 
 
 def mrope_positions(
-    segments: Sequence[int | Visual], merge: int, tokens_per_second: float, after_video: str = "grid"
+    segments: Sequence[int | Visual],
+    merge: int,
+    tokens_per_second: float,
+    after_video: str = "grid",
 ) -> np.ndarray:
     """Compute the positions of a document that consists of ``segments`` in order.
 

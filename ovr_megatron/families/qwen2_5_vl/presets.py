@@ -12,7 +12,14 @@ _SIZES = {
 
 
 def _config(
-    layers: int, hidden: int, ffn: int, heads: int, kv_heads: int, vocab: int, tied: bool, vision_ffn: int
+    layers: int,
+    hidden: int,
+    ffn: int,
+    heads: int,
+    kv_heads: int,
+    vocab: int,
+    tied: bool,
+    vision_ffn: int,
 ) -> dict[str, object]:
     """Return the flat layout of Transformers 4: sizes of the language model on the top level."""
     return {

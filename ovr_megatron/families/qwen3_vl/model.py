@@ -18,7 +18,11 @@ class Qwen3VL(VisionLanguageModel):
     """One pipeline stage of Qwen3-VL, or one interleaved part of it."""
 
     def build_vision(
-        self, shape: ModelShape, parallel: ParallelConfig, dtype: torch.dtype, classes: LayerClasses
+        self,
+        shape: ModelShape,
+        parallel: ParallelConfig,
+        dtype: torch.dtype,
+        classes: LayerClasses,
     ) -> DeepStackTower:
         """Return the vision tower on this rank."""
         config = vision_config(shape.vision, parallel, dtype)

@@ -17,7 +17,12 @@ _SIZES = {
 
 
 def _config(
-    layers: int, hidden: int, ffn: int, heads: int, tied: bool, tower: tuple[int, int, int, list[int]]
+    layers: int,
+    hidden: int,
+    ffn: int,
+    heads: int,
+    tied: bool,
+    tower: tuple[int, int, int, list[int]],
 ) -> dict[str, object]:
     depth, vision_hidden, vision_ffn, deepstack_blocks = tower
     return {
