@@ -179,20 +179,25 @@ class Rollouts:
                 f"{len(tokens)} of {asked} prompts were answered and graded: {problems}; where a judge gives no "
                 "verdict on some responses, reward.judges.NAME.no_verdict gives them a reward"
             )
-        order = list(tokens)
-        if dynamic_sampling:
-            unequal = [prompt for prompt in tokens if rollout.mixed[prompt]]
-            equal = [prompt for prompt in tokens if not rollout.mixed[prompt]]
-            order = unequal + equal
-            rollout.metrics["data/drawn_prompts"] = len(rows)
-            rollout.metrics["data/unequal_prompts"] = len(unequal) / len(rows)
-        # By index again: in `order` those with equal rewards come last.
-        for prompt in sorted(order[: config.prompts]):
-            rollout.train_prompts[prompt] = tokens[prompt]
+        self._choose_prompts(rollout, tokens)
         self._leave_to_later(prompts, rollout)
         # Last: prompts that wait for a later round have no rewards yet.
         rollout.metrics |= prompts.observe(positions, rollout.mixed)
         return rollout
+
+    def _choose_prompts(self, rollout: Rollout, tokens: dict[int, int]) -> None:
+        """Choose the prompts that the iteration trains on, those of equal rewards last; ``tokens`` are by prompt."""
+        order = list(tokens)
+        if self.config.algorithm.dynamic_sampling:
+            unequal = [prompt for prompt in tokens if rollout.mixed[prompt]]
+            equal = [prompt for prompt in tokens if not rollout.mixed[prompt]]
+            order = unequal + equal
+            drawn = len(rollout.prompts.rows)
+            rollout.metrics["data/drawn_prompts"] = drawn
+            rollout.metrics["data/unequal_prompts"] = len(unequal) / drawn
+        # By index again: in `order` those with equal rewards come last.
+        for prompt in sorted(order[: self.config.prompts]):
+            rollout.train_prompts[prompt] = tokens[prompt]
 
     def _leave_to_later(self, prompts: PromptStream, rollout: Rollout) -> None:
         """Put what the iteration does not train on into the queues of ``prompts``, and count it."""
