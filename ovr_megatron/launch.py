@@ -279,8 +279,9 @@ def fill_in(values: DictConfig, recipe: str) -> DictConfig:
         # The longest: 32B would be in the name of another family's model, too.
         values.model.path = max(names, key=len)
     algorithm = values.get("algorithm")
-    if algorithm is not None and algorithm.estimator == "none" and algorithm.teacher is None:
-        algorithm.teacher = None if OmegaConf.is_missing(values.model, "path") else values.model.path
+    needs_teacher = algorithm is not None and algorithm.estimator == "none" and algorithm.teacher is None
+    if needs_teacher and not OmegaConf.is_missing(values.model, "path"):
+        algorithm.teacher = values.model.path
     return values
 
 

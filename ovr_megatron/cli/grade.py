@@ -32,7 +32,7 @@ from ovr_megatron.runtime.terminal import printable
 
 if TYPE_CHECKING:
     from ovr_megatron.config import RewardConfig
-    from ovr_megatron.data.schema import ImageSize, Row
+    from ovr_megatron.data.schema import ImageSize
 
 NO_BOX = "no box in the response"
 UNIT = "the benchmark's script missed a unit"
@@ -161,22 +161,14 @@ def with_rule(rows: Sequence[GradedRow], rule: str, thinking: bool, folder: Path
             raise GradeFileError(f"{row.where}:answer: {problem}; give a reference of the rule {rule}")
         data_row = None
         if row.raw.get("messages") is not None and not reads_box(rule):
-            data_row = _data_row(row, folder)
+            # Torch is not loaded for the usual rules.
+            from ovr_megatron.data.row_parsing import parse_row
+
+            # `read_rows` has refused a row without the answer that its rule reads.
+            data_row = parse_row(row.raw, row.where, folder, needs_answer=False)
         request = replace(row.request, rule=rule, thinking=thinking, row=data_row, image=_image_size(row))
         graded_rows.append(replace(row, request=request))
     return graded_rows
-
-
-def _data_row(row: GradedRow, folder: Path) -> Row:
-    # Torch is not loaded for the usual rules.
-    from ovr_megatron.data.row_parsing import parse_row
-
-    messages = row.raw["messages"]
-    if row.request.answer or not isinstance(messages, list):
-        return parse_row(row.raw, row.where, folder)
-    # `parse_row` takes a prompt without an answer for a mistake: a reply is added, and removed again.
-    parsed = parse_row({**row.raw, "messages": [*messages, {"role": "assistant", "content": "-"}]}, row.where, folder)
-    return replace(parsed, messages=parsed.prompt)
 
 
 def _image_size(row: GradedRow) -> ImageSize | None:

@@ -53,14 +53,6 @@ class IndexedRow:
     row: Row
 
 
-def parse_collected_row(raw: RowJson, where: str, root: Path) -> Row:
-    """Parse a row of the stage before, whose images are below ``root``; a prompt needs no answer here."""
-    if raw["messages"][-1]["role"] == "assistant":
-        return parse_row(raw, where, root)
-    # `parse_row` takes a prompt row without an answer for a mistake.
-    return parse_row({"answer": "-", **raw}, where, root)
-
-
 class Replica:
     """The engine of this process with its share of the rows.
 
@@ -110,7 +102,9 @@ class Replica:
                 continue
             raw = cast(RowJson, line.parse())
             where = f"{path}:{line.number}"
-            yield IndexedRow(index, raw, parse_collected_row(raw, where, root))
+            # The engine reads the prompt alone.
+            row = parse_row(raw, where, root, needs_answer=False)
+            yield IndexedRow(index, raw, row)
 
     def pending_rows(self, input_folder: Path) -> Iterator[IndexedRow]:
         """Yield this replica's rows that have no result yet."""

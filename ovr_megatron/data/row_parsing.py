@@ -30,13 +30,14 @@ DEFAULT_FPS = 2.0  # frames a second of a video without a rate
 _OPTION_LETTER = re.compile(r"[(\[]? ?([A-Za-z]) ?[)\]]?[.:]?")
 
 
-def parse_row(raw: Mapping[str, Any], where: str, image_root: Path) -> Row:
+def parse_row(raw: Mapping[str, Any], where: str, image_root: Path, needs_answer: bool = True) -> Row:
     """Check one decoded JSON object and turn it into a `Row`.
 
     Args:
         raw: the object; fields that are missing and fields that are null are the same.
         where: ``file:line``, for errors and as the ``id`` of a row without one.
         image_root: the folder that bounds the image paths of the row.
+        needs_answer: whether a row that ends with a user message is refused without an answer.
 
     Raises:
         RowError: a field is missing, has the wrong form, or the answer cannot be verified.
@@ -62,7 +63,7 @@ def parse_row(raw: Mapping[str, Any], where: str, image_root: Path) -> Row:
         where=where,
         metadata=parse_metadata(raw.get("metadata"), where),
     )
-    check_answer(row)
+    check_answer(row, needs_answer)
     return row
 
 
@@ -328,14 +329,14 @@ def check_turns(messages: Sequence[Message], where: str, field: str = "messages"
             raise RowError(where, f"{field}[{i}].content", "is empty", "give a text or remove the row")
 
 
-def check_answer(row: Row) -> None:
+def check_answer(row: Row, needs_answer: bool = True) -> None:
     """Raise `RowError` unless the answer has a verifiable form: a short text, one of the options if there are any.
 
-    Only a supervised row may come without an answer.
+    A supervised row may come without an answer, and a prompt where ``needs_answer`` is false.
     """
     answer = (row.answer or "").strip()
     if not answer:
-        if row.is_prompt:
+        if row.is_prompt and needs_answer:
             remedy = (
                 "a row that ends with a user message needs the final answer; add it, or for supervised fine-tuning the "
                 "assistant's reply, or remove the row"

@@ -195,8 +195,8 @@ def _ask_vllm(questions: Sequence[KeyedQuestion], config: JudgeConfig, journal: 
     for batch in batches(iter(questions), _BATCH):
         requests = []
         for key, text in batch:
-            # The data format wants an answer, which generation leaves out.
-            row = parse_row({"messages": [{"role": "user", "content": text}], "answer": "-"}, "a question", Path())
+            message = {"role": "user", "content": text}
+            row = parse_row({"messages": [message]}, "a question", Path(), needs_answer=False)
             # At temperature 0 nothing is drawn: the seed does not matter.
             requests.append(Request(key, row, [0], config.sampling))
         for request, [generation] in answer_rows(engine, processor, requests, on_result):

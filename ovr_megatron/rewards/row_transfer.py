@@ -22,8 +22,8 @@ def encode_row(row: Row) -> dict[str, Any]:
 
 def decode_row(raw: dict[str, Any]) -> Row:
     """Return the row of an object of `encode_row`; its images are opened when they are needed."""
-    # The trainer has compared paths with their root; here they are absolute.
-    return parse_row(raw, raw["where"], Path("/"))
+    # The trainer has compared paths with their root, where they are absolute here, and has checked the answer.
+    return parse_row(raw, raw["where"], Path("/"), needs_answer=False)
 
 
 def _with_absolute_path(part: Part) -> Part:

@@ -338,7 +338,7 @@ class Endpoint:
             raise late
         [reply] = replies
         # The client's own time-out ends at nearly the same moment: either may come first.
-        if isinstance(reply, httpx.ReadTimeout):
+        if isinstance(reply, httpx.TimeoutException):
             raise late
         if isinstance(reply, Exception):
             message = self._excerpt(str(reply))

@@ -1,8 +1,10 @@
 """The teacher over a real HTTP server that fails, stalls, talks nonsense and counts."""
 
+import contextlib
 import datetime
 import email.utils
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -209,6 +211,21 @@ def test_the_clients_of_late_requests_are_closed_and_drain_closes_the_others(
     assert not all(client.is_closed for client in clients)
     endpoint.drain(30.0)
     assert all(client.is_closed for client in clients)
+
+
+def test_an_address_that_never_accepts_takes_the_time_limit(config: PrepareConfig) -> None:
+    with contextlib.ExitStack() as sockets:
+        listener = sockets.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        # The queue of connections is full: the kernel answers no further one.
+        for _ in range(3):
+            client = sockets.enter_context(socket.socket())
+            client.setblocking(False)
+            client.connect_ex(listener.getsockname())
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        endpoint = Endpoint(replace(config.teacher, base_url=address, timeout_s=0.5, attempts=2, backoff_s=0.01))
+        completion = endpoint.submit(question(1)).result()
+        endpoint.drain(30.0)
+    assert completion is not None and completion.error == "2 attempts, the last: no whole answer after 0.5 s"
 
 
 def test_draining_ends_the_wait_for_the_next_attempt(config: PrepareConfig, server: Teacher) -> None:

@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 
 from ovr_megatron.config import ConfigError, DataConfig, RewardConfig, RewardJudgeConfig, SourceConfig
-from ovr_megatron.curation.engine_process import parse_collected_row, pass_rate
+from ovr_megatron.curation.engine_process import pass_rate
 from ovr_megatron.curation.prepare import prepare
 from ovr_megatron.curation.settings import PatternsConfig, PrepareConfig
-from ovr_megatron.data.row_json import RowJson
 from ovr_megatron.rewards.rules import RuleError
 from ovr_megatron.rewards.verdict import Reason, Verdict
 from tests.rewards.judge_server import Server
@@ -134,14 +133,6 @@ def test_a_row_is_graded_by_the_rule_of_its_source(tmp_path: Path) -> None:
         prepare(config(tmp_path, RULES | {"geometri": "numeric"}))
     with pytest.raises(RuleError, match="rule='maths' is not known"):
         prepare(config(tmp_path, {"geometry": "maths"}))
-
-
-def test_engines_take_a_reply_with_options_and_no_answer() -> None:
-    messages = [{"role": "user", "content": "Which?"}]
-    assert parse_collected_row(RowJson(messages=messages), "rows.jsonl:1", Path()).is_prompt
-    messages.append({"role": "assistant", "content": "The red one."})
-    row = parse_collected_row(RowJson(messages=messages, options=["red", "green"]), "rows.jsonl:1", Path())
-    assert row.answer is None and row.response == "The red one."
 
 
 def test_the_pass_rate_of_what_could_be_graded() -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from ovr_megatron.config import ConfigError, DataConfig, SourceConfig
 from ovr_megatron.data.images import load_media
+from ovr_megatron.data.row_parsing import parse_row
 from ovr_megatron.data.schema import ImagePart, RowError, RowSource
 from ovr_megatron.data.sources import open_source
 from ovr_megatron.data_checks import bad_rows
@@ -91,6 +92,17 @@ def test_bad_rows_name_file_and_line_when_they_are_read(tmp_path: Path) -> None:
         source[1]
     with pytest.raises(RowError, match=r"rows.jsonl:3: answer: is missing or empty; "):
         source[2]
+
+
+def test_a_prompt_may_come_without_an_answer_where_none_is_read(tmp_path: Path) -> None:
+    question = {"messages": [{"role": "user", "content": "Which?"}]}
+    for raw in (question, question | {"options": ["red", "green"]}):
+        assert parse_row(raw, "rows.jsonl:1", tmp_path, needs_answer=False).answer is None
+        with pytest.raises(RowError, match="answer: is missing or empty"):
+            parse_row(raw, "rows.jsonl:1", tmp_path)
+    unknown = question | {"options": ["red", "green"], "answer": "blue"}
+    with pytest.raises(RowError, match="'blue' is none of the 2 options"):
+        parse_row(unknown, "rows.jsonl:1", tmp_path, needs_answer=False)
 
 
 def test_half_a_character_is_refused(tmp_path: Path) -> None:

@@ -12,29 +12,16 @@ import pytest
 from omegaconf import OmegaConf
 
 from ovr_megatron.config import AlgorithmConfig, ConfigError, ParallelConfig, RLConfig, build, defaults
-from ovr_megatron.data.schema import ENDLESS, Message, Row, TextPart
+from ovr_megatron.data.schema import ENDLESS
 from ovr_megatron.data.stream import RowStream
 from ovr_megatron.ppo import archive
 from ovr_megatron.ppo.prompt_history import SMALLEST, PromptHistory, replay_probability, turn_probability
 from ovr_megatron.ppo.prompts import Prompts, PromptStream
 from ovr_megatron.ppo.rollouts import Rollout
 from ovr_megatron.runtime import distributed
+from tests.ppo.questions import NumberedRows
 
 SURE = 1 - 1e-12  # a probability, and its powers, that no draw of these tests is above
-
-
-class NumberedRows:
-    """Rows whose id is their number."""
-
-    def __init__(self, count: int):
-        self.count = count
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> Row:
-        message = Message("user", (TextPart(str(index)),))
-        return Row((message,), answer="1", id=str(index), where=f"rows:{index}")
 
 
 @pytest.fixture(autouse=True)

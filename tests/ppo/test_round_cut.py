@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from ovr_megatron.data.schema import Message, Row, TextPart
 from ovr_megatron.data.stream import RowStream
 from ovr_megatron.ppo import round_cut
 from ovr_megatron.ppo.prompts import PromptStream
 from ovr_megatron.ppo.round_cut import RoundCut
+from tests.ppo.questions import NumberedRows
 
 LONGEST_WAIT_S = 5
 
@@ -113,20 +113,6 @@ def test_a_round_ends_without_its_longest_prompt(replicas: int, monkeypatch: pyt
     finished = Round(steps, set(), 6, replicas, seed=0)
     assert finished.run(monkeypatch) == [3, 7]
     assert finished.unfinished == 1
-
-
-class NumberedRows:
-    """Rows whose text is their number."""
-
-    def __init__(self, count: int):
-        self.count = count
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> Row:
-        message = Message("user", (TextPart(str(index)),))
-        return Row((message,), answer="1", id=str(index), where=f"rows:{index}")
 
 
 def prompt_stream(count: int, monkeypatch: pytest.MonkeyPatch) -> PromptStream:
