@@ -145,7 +145,8 @@ def test_outcomes_are_rewards_or_counted(tmp_path, server, monkeypatch):
     assert {name: counts[name] for name in expected} == expected and counts["tokens"] > 0
     assert later_counts["journal"] == 9 and later_counts["requests"] == 1 == later_counts["failed"]
     report = server.report()
-    assert report["asked"].count(report["asked"][0]) == 1
+    # Two responses and a later iteration have one question; in which order questions arrive is not determined.
+    assert sum("good" in question for question in report["asked"]) == 1
     assert report["keys"] == [f"bearer {KEY}"]
     assert not any(KEY in path.read_text() for path in tmp_path.iterdir())
 
