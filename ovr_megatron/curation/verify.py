@@ -85,7 +85,8 @@ class _Requests:
         if all_parts(rule, reads_box):
             # Here a response needs no thought, whatever the template.
             return GradeRequest(response, answer, tuple(row.get("options", ())), rule)
-        parsed = parse_row(row, str(row.get("id") or "a row"), self._root)
+        # `compares` has said whether the rule reads an answer.
+        parsed = parse_row(row, str(row.get("id") or "a row"), self._root, needs_answer=False)
         return self._rows.build(parsed, response)
 
     def _rule_for(self, row: RowJson) -> RewardRule:
