@@ -2,9 +2,9 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -53,37 +53,53 @@ def test_the_example_of_real_problems_runs_from_end_to_end(tmp_path: Path) -> No
 
 LIMIT = 200
 SETS = {"aime2024": 30, "mathvision_testmini": LIMIT, "math500": LIMIT}
+STORED = 100  # responses of math500 that the killed process has written
+# `ovr evaluate`, which kills itself at a count of responses: another process would have to meet the moment by polling.
+KILLED = f"""
+import os, signal
+from ovr_megatron.evaluation.command import main
+from ovr_megatron.evaluation.response_cache import ResponseCache
+from ovr_megatron.runtime.command import run_command
+
+add, responses = ResponseCache.add, []
+
+def add_or_die(self, *response):
+    add(self, *response)
+    if self._journal is not None and self._journal.path.name.startswith(".math500."):
+        responses.append(response)
+    if len(responses) == {STORED}:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+ResponseCache.add = add_or_die
+run_command(main)
+"""
 
 
 def test_benchmarks_are_evaluated_whole_though_killed_on_the_way(tmp_path: Path, model: Path) -> None:
     files = {"aime2024": "text/aime2024.json", "mathvision_testmini": "mathvision/testmini.jsonl"}
     files["math500"] = "text/math500.json"
-    command = [sys.executable, "tools/evaluate.py", "--model", model, "--out", tmp_path, "--max-tokens", 8]
-    command += ["--max-pixels", 50176, "--template", "think", "--threads", 1, "--limit", LIMIT]
+    arguments = ["--model", model, "--out", tmp_path, "--max-tokens", 8, "--max-pixels", 50176]
+    arguments += ["--template", "think", "--threads", 1, "--limit", LIMIT]
     for name in SETS:
-        command += ["--data", f"{name}={DATA / files[name]}"]
-    command = list(map(str, command))
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 300
-    while sum(len(path.read_text().splitlines()) for path in tmp_path.glob(".math500*")) < 100:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    process.kill()
-    process.wait()
+        arguments += ["--data", f"{name}={DATA / files[name]}"]
+    command = [sys.executable, "-c", KILLED, *map(str, arguments)]
+    killed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-4000:]
     assert not (tmp_path / "math500.json").exists()
-    [kept] = tmp_path.glob(".math500*.answers.jsonl")
-    before = {line["problem"]: line["response"] for line in map(json.loads, kept.read_text().splitlines()[:-1])}
-    done = (tmp_path / "mathvision_testmini.json").stat().st_mtime_ns
-    told = run(*command[1:])
-    assert (tmp_path / "mathvision_testmini.json").stat().st_mtime_ns == done, "what is done stays as it is"
+    [journal] = tmp_path.glob(".math500*.answers.jsonl")
+    before = {line["problem"]: line["response"] for line in map(json.loads, journal.read_text().splitlines())}
+    finished_at = (tmp_path / "mathvision_testmini.json").stat().st_mtime_ns
+    output = run("tools/evaluate.py", *arguments)
+    unchanged = (tmp_path / "mathvision_testmini.json").stat().st_mtime_ns == finished_at
+    assert unchanged, "what is done stays as it is"
     for name, count in SETS.items():
         result = json.loads((tmp_path / f"{name}.json").read_text())
         responses = [json.loads(line) for line in (tmp_path / f"{name}.responses.jsonl").read_text().splitlines()]
         greedy = [response["index"] for response in responses if response["sample"] is None]
         assert greedy == list(range(count)) and result["problems"] == count, "none lost, none twice"
-        assert result["dropped"] <= count * 0.05 and f"{name}: " in told
+        assert result["dropped"] <= count * 0.05 and f"{name}: " in output
         assert 0 <= result["greedy"]["low"] <= result["greedy"]["accuracy"] <= result["greedy"]["high"] <= 1
-    assert len(responses) == LIMIT and len(before) >= 99
-    assert all(responses[at]["response"] == found["response"] for at, found in before.items())
+    assert len(responses) == LIMIT and len(before) == STORED
+    assert all(responses[at]["response"] == response["response"] for at, response in before.items())
     aime = json.loads((tmp_path / "aime2024.json").read_text())
     assert aime["sampled"]["samples"] == 16 and "<|im_start|>" in aime["prompt"]
