@@ -2,9 +2,12 @@
 
     python tests/soak/algorithms.py --run runs/algorithms --out docs/images [--iterations 60] [--seeds 1 2 3]
     python tests/soak/algorithms.py --run runs/algorithms --out docs/images --compare rounds
+    python tests/soak/algorithms.py --run runs/algorithms --out docs/images --compare critic --iterations 20
 
 `methods`, the default, compares PPO, GRPO and RLOO, with the settings of their rows in docs/algorithms.md.  `rounds`
 compares rounds of PPO that wait for every response with tail batching and with partial rollouts at staleness 1.
+`critic` compares PPO whose critic starts from the policy's weights with PPO whose values were pretrained on rollouts
+of the cold start.
 
 Every seed has its own base model and cold start, from which all variants set out with as many responses an
 iteration.  What is there already is not done again, so the command can be stopped and given again.
@@ -42,6 +45,11 @@ ROUNDS = {
     "tail batching": TAIL_BATCHING,
     "staleness 1": (*TAIL_BATCHING, "rollout.max_staleness=1", "algorithm.correction=token_truncate"),
 }
+CRITIC = {
+    "fresh critic": (*WITH_CRITIC, "algorithm.critic_warmup_iterations=0"),
+    "pretrained critic": (*WITH_CRITIC, "algorithm.critic_warmup_iterations=0", "critic.path={values}"),
+}
+STORED_ITERATIONS = 48  # of one policy, on whose responses the values are pretrained
 COLOURS = ("#d9652b", "#3a7cbd", "#1d7a46")
 WINDOW = 5  # iterations of the moving average
 
@@ -55,16 +63,44 @@ def launch(module: str, recipe: str, run: Path, last: int, *settings: str) -> No
     subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}, check=True)
 
 
-def rewards(run: Path) -> list[float]:
-    """Mean reward of every iteration."""
+def pretrain_values(folder: Path, start: str, seed: int) -> Path:
+    """Train the critic alone on stored rollouts of the cold start; return its last checkpoint."""
+    # Another seed than that of PPO: the critic must not have seen the prompts with which PPO begins.
+    common = (start, f"run.seed={seed + 100}", f"iterations={STORED_ITERATIONS}", "run.keep_last=1", *WITH_CRITIC)
+    stored, values = folder / "stored_rollouts", folder / "values"
+    if not (stored / f"rollouts/{STORED_ITERATIONS - 1:06d}.jsonl").exists():
+        launch("rl", "tiny_rl", stored, STORED_ITERATIONS, *common, "only=rollout")
+    learn = ("only=critic", f"rollouts_from={stored}", "algorithm.critic_steps=16")
+    launch("rl", "tiny_rl", values, STORED_ITERATIONS, *common, *learn)
+    return values / f"checkpoints/step_{STORED_ITERATIONS:06d}"
+
+
+def read_metric(run: Path, key: str) -> list[float]:
+    """Return a metric of every iteration."""
     lines = map(json.loads, (run / "metrics/train.jsonl").read_text().splitlines())
-    return [line["reward/mean"] for line in lines]
+    return [line[key] for line in lines]
+
+
+def table_row(comparison: str, run: Path) -> dict[str, str]:
+    """Return the numbers of a run by the titles of their columns."""
+    rewards = read_metric(run, "reward/mean")
+    if comparison == "critic":
+        explained = read_metric(run, "critic/explained_variance")
+        return {
+            "explained variance, iteration 1": f"{explained[0]:.3f}",
+            "mean of iterations 1 to 5": f"{np.mean(explained[:5]):.3f}",
+            f"reward, mean of {len(rewards)} iterations": f"{np.mean(rewards):.3f}",
+        }
+    return {
+        "first 10 iterations": f"{np.mean(rewards[:10]):.3f}",
+        "last 10 iterations": f"{np.mean(rewards[-10:]):.3f}",
+    }
 
 
 def variants(comparison: str) -> dict[str, tuple[str, ...]]:
     """Return the settings of each variant of a comparison, by its name."""
-    if comparison == "rounds":
-        return ROUNDS
+    if comparison != "methods":
+        return {"rounds": ROUNDS, "critic": CRITIC}[comparison]
     methods = documented_methods()
     return {name: (*sizes, *(f"algorithm.{setting}" for setting in methods[name])) for name, sizes in METHODS.items()}
 
@@ -72,14 +108,14 @@ def variants(comparison: str) -> dict[str, tuple[str, ...]]:
 def main() -> None:
     """Train what is missing, then draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--compare", choices=["methods", "rounds"], default="methods")
+    parser.add_argument("--compare", choices=["methods", "rounds", "critic"], default="methods")
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--iterations", type=int, default=60)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     args = parser.parse_args()
     settings = variants(args.compare)
-    curves: dict[str, list[list[float]]] = {name: [] for name in settings}
+    runs: dict[str, list[Path]] = {name: [] for name in settings}
     for seed in args.seeds:
         folder = (args.run / f"seed{seed}").resolve()
         if not (folder / "init/config.json").exists():
@@ -89,28 +125,34 @@ def main() -> None:
         base = f"model.path={folder / 'base/checkpoints/step_001000'}"
         launch("coldstart", "tiny_cold_start", folder / "cold_start", 130, base, f"run.seed={seed}")
         start = f"model.path={folder / 'cold_start/checkpoints/step_000130'}"
+        values = pretrain_values(folder, start, seed) if args.compare == "critic" else None
         for name, variant in settings.items():
+            variant = [setting.replace("{values}", str(values)) for setting in variant]
             run = folder / name.lower().replace(" ", "_")
             common = (start, f"run.seed={seed}", f"iterations={args.iterations}", "run.keep_last=1")
             launch("rl", "tiny_rl", run, args.iterations, *common, *variant)
-            curves[name].append(rewards(run))
+            runs[name].append(run)
     args.out.mkdir(parents=True, exist_ok=True)
     file_name = "algorithms" if args.compare == "methods" else args.compare
+    curves = {name: [read_metric(run, "reward/mean") for run in folders] for name, folders in runs.items()}
     draw(curves, args.out / f"{file_name}.png")
     path = args.out / f"{file_name}.csv"
+    rows = [
+        {"variant": name, "seed": seed, **table_row(args.compare, run)}
+        for name, folders in runs.items()
+        for seed, run in zip(args.seeds, folders, strict=True)
+    ]
     with path.open("w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["variant", "seed", "first 10 iterations", "last 10 iterations"])
-        for name, seeds in curves.items():
-            for seed, values in zip(args.seeds, seeds, strict=True):
-                table.writerow([name, seed, f"{np.mean(values[:10]):.3f}", f"{np.mean(values[-10:]):.3f}"])
+        table = csv.DictWriter(file, list(rows[0]))
+        table.writeheader()
+        table.writerows(rows)
     print(path.read_text())
 
 
 def draw(curves: dict[str, list[list[float]]], path: Path) -> None:
     """Mean over the seeds, and the range between them."""
     figure, axes = plt.subplots(figsize=(7.2, 3.8), dpi=150)
-    for (name, seeds), colour in zip(curves.items(), COLOURS, strict=True):
+    for (name, seeds), colour in zip(curves.items(), COLOURS, strict=False):
         smooth = np.array([moving_average(values, WINDOW) for values in seeds])
         places = np.arange(1, smooth.shape[1] + 1)
         axes.fill_between(places, smooth.min(0), smooth.max(0), color=colour, alpha=0.15, linewidth=0)
