@@ -72,8 +72,14 @@ def _run_prepare(arguments: argparse.Namespace) -> Rows:
 
 
 def _run_tail(arguments: argparse.Namespace) -> Rows:
-    numbers = (arguments.iterations, arguments.prompts, arguments.oversample, arguments.between, arguments.staleness)
-    return tail.run(*numbers)
+    return tail.run(
+        arguments.iterations,
+        arguments.prompts,
+        arguments.oversample,
+        arguments.between,
+        arguments.staleness,
+        arguments.step_ms,
+    )
 
 
 def _run_adapters(arguments: argparse.Namespace) -> Rows:

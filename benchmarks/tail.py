@@ -1,12 +1,15 @@
 """Measure how long engines wait for the longest responses: one shared queue, and rounds that postpone or continue them.
 
-``torchrun --nproc-per-node 2 -m benchmarks.tail ITERATIONS PROMPTS OVERSAMPLE BETWEEN STALENESS`` prints a JSON row for
-each way.
+``torchrun --nproc-per-node 2 -m benchmarks.tail ITERATIONS PROMPTS OVERSAMPLE BETWEEN STALENESS STEP_MS`` prints a JSON
+row for each way.
 
 vLLM generates every token; only where a response ends is decided beforehand.  Lengths are log-normal with the paper's
 shape at a hundredth of its size: 70 tokens on average, at most 240 (7k and 24k).  ``BETWEEN`` is the share of the
 variance that all responses to a prompt have in common, since a hard prompt has long responses.  A prompt that is
 generated again has the same lengths again, and a response that goes on becomes as long as it would have.
+
+A step of an engine takes as long as its tokens need on a CPU, and about the same for one response as for sixty on a
+GPU, which reads all weights for either.  ``STEP_MS`` is the least time of a step: what is left of it the engine waits.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
-from vllm.outputs import RequestOutput
+from vllm.outputs import PoolingRequestOutput, RequestOutput
 
 from benchmarks.subprocess_bench import BenchRow, run_in_subprocess
 from ovr_megatron.config import ParallelConfig, RLConfig, build, defaults
@@ -45,13 +48,21 @@ from ovr_megatron.runtime import distributed
 from ovr_megatron.runtime.distributed import World
 
 MEAN, LONGEST, SIGMA = 70, 240, 0.62  # of the paper's responses: a hundredth of 7k and of 24k
-OPTIONS = ("responses=4", "rollout.max_num_seqs=64", "curriculum=[{until: 1000, max_tokens: 320}]")
+RESPONSES = 4  # to a prompt
+OPTIONS = (f"responses={RESPONSES}", "curriculum=[{until: 1000, max_tokens: 320}]")
 
 
-def run(iterations: int, prompts: int, oversample: float, between: float, staleness: int) -> list[BenchRow]:
+def run(
+    iterations: int,
+    prompts: int,
+    oversample: float,
+    between: float,
+    staleness: int,
+    step_ms: float,
+) -> list[BenchRow]:
     """Start the two processes and return the rows that they print."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    rows = run_in_subprocess(__name__, iterations, prompts, oversample, between, staleness, launcher=launcher)
+    rows = run_in_subprocess(__name__, iterations, prompts, oversample, between, staleness, step_ms, launcher=launcher)
     for row in rows:
         row["ratio"] = rows[0]["seconds"] / row["seconds"]
     return rows
@@ -112,6 +123,20 @@ def force_lengths(engine: RolloutEngine, responses: int, between: float) -> None
     vars(pending)["generations"] = finished
 
 
+def hold_steps(engine: RolloutEngine, step_ms: float) -> None:
+    """Have each step of ``engine`` take at least ``step_ms``."""
+    vllm_engine = engine._llm.llm_engine
+    step = vllm_engine.step
+
+    def held_step() -> list[RequestOutput | PoolingRequestOutput]:
+        end = time.perf_counter() + step_ms / 1000
+        outputs = step()
+        time.sleep(max(0.0, end - time.perf_counter()))
+        return outputs
+
+    vllm_engine.step = held_step
+
+
 def leave_ungraded(grading: RoundGrading, response: Response) -> None:
     """Give a response no verdict, as it has none that means anything."""
 
@@ -121,7 +146,10 @@ def make_config(folder: Path, prompts: int) -> RLConfig:
     recipe = OmegaConf.load(RECIPES / "tiny_rl.yaml")
     assert isinstance(recipe, DictConfig)
     recipe.pop("defaults")
-    options = [*OPTIONS, f"prompts={prompts}", f"model.path={folder / 'model'}", f"run.dir={folder / 'run'}"]
+    # All responses of a round start at once.
+    slots = max(64, RESPONSES * prompts)
+    options = [*OPTIONS, f"rollout.max_num_seqs={slots}", f"prompts={prompts}"]
+    options += [f"model.path={folder / 'model'}", f"run.dir={folder / 'run'}"]
     source = {"data": {"sources": [{"path": "puzzle:digits?form=text&task=sum&answered=0", "name": "text"}]}}
     merged = OmegaConf.merge(defaults(RLConfig), recipe, source, OmegaConf.from_dotlist(options))
     return build(RLConfig, merged)  # type: ignore[arg-type]
@@ -167,6 +195,7 @@ def main() -> None:
     """Measure all ways one after the other, with the same engines."""
     iterations, prompt_count = int(sys.argv[1]), int(sys.argv[2])
     oversample, between, max_staleness = float(sys.argv[3]), float(sys.argv[4]), int(sys.argv[5])
+    step_ms = float(sys.argv[6])
     world = distributed.start(ParallelConfig(), seed=1, threads=1)
     names = [tempfile.mkdtemp() if world.is_main else ""]
     dist.broadcast_object_list(names)
@@ -179,6 +208,8 @@ def main() -> None:
     models, _ = build_models(config, model_folder, prompts.processor, world, training=False)
     rollouts = build_rollouts(config, model_folder, prompts.processor, models)
     force_lengths(rollouts.engine, config.responses, between)
+    if step_ms:
+        hold_steps(rollouts.engine, step_ms)
     static = replace(config.rollout, oversample=oversample)
     ways = {
         "shared queue": replace(config.rollout, schedule="shared"),

@@ -72,6 +72,9 @@ def main() -> None:
     parser.add_argument(
         "--between", type=float, default=0.5, help="share of the variance of lengths that a prompt decides (tail)"
     )
+    parser.add_argument(
+        "--step-ms", type=float, default=0.0, help="least milliseconds of an engine's step, as on a GPU (tail)"
+    )
     arguments = parse_options(parser, None)
     unknown = set(arguments.shapes or ()) - set(SHAPES_OF.get(arguments.what, STEP_SHAPES))
     if unknown:

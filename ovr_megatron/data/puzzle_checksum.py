@@ -16,8 +16,8 @@ from ovr_megatron.data.schema import ImagePart, Part, TextPart
 
 DIGIT_COLOUR = "white"
 SUM_COLOUR = "green"
-SUM_CELLS = 2  # tens and units
 VERBS = {"image": "look", "text": "read"}
+TEXT_TASKS = ("arith", "compare", "box")  # without a row to look at or to read
 
 Digits = tuple[int, ...]
 Misprint = tuple[Digits, int, int]  # (likelier reading of the row, index of the misprinted digit, its other reading)
@@ -36,7 +36,8 @@ def draw_checksum(rng: Random, params: Params) -> Misprint:
 def pose_checksum(problem: Misprint, rng: Random, params: Params) -> Puzzle:
     """Pose a task on a row with a misprinted digit.
 
-    ``number`` is the puzzle: name the digits that have the sum.  The other tasks teach its steps separately.
+    ``number`` is the puzzle: name the digits that have the sum.  ``guess`` answers it at first sight.  The other tasks
+    teach single steps, and ``pair`` and ``twice`` two of them on request; none teaches a check.
     """
     first, index, other = problem
     second = (*first[:index], other, *first[index + 1 :])
@@ -45,7 +46,7 @@ def pose_checksum(problem: Misprint, rng: Random, params: Params) -> Puzzle:
     right = second if is_misread else first
     verb = VERBS[params["form"]]
     question, response, answer = _state_task(first, second, right, verb, params)
-    if params["task"] in ("arith", "box"):
+    if params["task"] in TEXT_TASKS:
         return Puzzle((TextPart(question),), response, answer)
     # A picture and its text twin show the same figures.
     figures = [str(digit) for digit in first]
@@ -61,10 +62,22 @@ def _state_task(first: Digits, second: Digits, right: Digits, verb: str, params:
     if task == "number":
         thinking = _think(first, second, right, verb, params)
         return "Which digits?", box(thinking, number), str(number)
+    if task == "guess":
+        guess = int("".join(map(str, first)))
+        return "Which digits?", box(f"I {verb}: {_add(first)}. ", guess), str(number)
     if task == "box":
         return f"Box {number}.", box("", number), str(number)
     terms = _join(first)
-    if task == "caption":
+    if task == "compare":
+        question = f"Compare {sum(first)} and {sum(right)}."
+        response = _compare(first, right)
+    elif task == "pair":
+        question = "Describe. Name the sum."
+        response = f"I {verb}: {_add(first)}. I {verb}: sum {sum(right)}."
+    elif task == "twice":
+        question = "Read twice."
+        response = f"I {verb}: {_add(first)}. I {verb} again: {_add(second)}."
+    elif task == "caption":
         question = "Describe."
         response = f"I {verb}: {terms}."
     elif task == "again":
@@ -85,11 +98,15 @@ def _think(first: Digits, second: Digits, right: Digits, verb: str, params: Para
     if params["trace"] == "direct":
         return f"I {verb}: {_add(right)}. "
     reading = f"I {verb}: {_add(first)}."
-    comparison = f"I check. I {verb}: sum {sum(right)}."
+    check = f"I check. I {verb}: sum {sum(right)}. {_compare(first, right)}"
     if right == first:
-        return f"{reading} {comparison} Match. "
-    correction = f"Wait, I {verb} again: {_add(second)}."
-    return f"{reading} {comparison} No match. {correction} Match. "
+        return f"{reading} {check} "
+    return f"{reading} {check} Wait, I {verb} again: {_add(second)}. {_compare(second, right)} "
+
+
+def _compare(digits: Digits, right: Digits) -> str:
+    difference = sum(right) - sum(digits)
+    return f"{sum(right)}-{sum(digits)}={difference}. {'No match' if difference else 'Match'}."
 
 
 def _join(digits: Digits) -> str:
@@ -105,7 +122,8 @@ def _show(figures: Sequence[str], total: int, question: str, rng: Random, params
     if params["form"] == "text":
         return (TextPart(f"{' '.join(figures)} = {total}\n{question}"),)
     cells: Cells = tuple((DIGIT_COLOUR, figure) for figure in figures)
-    cells += tuple((SUM_COLOUR, figure) for figure in str(total).rjust(SUM_CELLS))
+    figures_of_sum = str(total).rjust(len(str(params["cols"] * params["high"])))
+    cells += tuple((SUM_COLOUR, figure) for figure in figures_of_sum)
     image = render(cells, len(cells), rng)
     return ImagePart(image=image), TextPart(f"\n{question}")
 
@@ -115,7 +133,7 @@ CHECKSUM = Kind(
     pose_checksum,
     {
         "form": tuple(VERBS),
-        "task": ("number", "caption", "again", "total", "arith", "box"),
+        "task": ("number", "guess", "caption", "again", "total", "pair", "twice", *TEXT_TASKS),
         "trace": ("check", "direct"),
         "cols": Number(3, 1, 11),  # the sum has two digits at most
         "high": Number(9, 2, 9),

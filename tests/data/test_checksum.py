@@ -45,11 +45,12 @@ def test_the_sum_fits_one_of_the_two_readings(parameters: str) -> None:
 def test_a_trace_reads_adds_compares_and_reads_again_where_the_sums_differ() -> None:
     for row in rows("form=text", 400):
         (first, second), total = readings(row)
-        steps = f"I read: {join(first)}={sum(first)}. I check. I read: sum {total}. "
+        steps = f"I read: {join(first)}={sum(first)}. I check. I read: sum {total}. {total}-{sum(first)}="
         if sum(first) == total:
-            steps += "Match. "
+            steps += "0. Match. "
         else:
-            steps += f"No match. Wait, I read again: {join(second)}={total}. Match. "
+            steps += f"{total - sum(first)}. No match. "
+            steps += f"Wait, I read again: {join(second)}={total}. {total}-{total}=0. Match. "
         assert row.response == f"{steps}So</think>\\boxed{{{row.answer}}}"
 
 
@@ -78,7 +79,7 @@ def test_the_likelier_reading_is_wrong_as_often_as_it_should_be(misread: float) 
     assert abs(np.mean(held_out) - misread) < 0.05, "distinct problems are not more often misread"
 
 
-def test_teaching_tasks_say_single_steps() -> None:
+def test_teaching_tasks_say_steps_and_check_nothing() -> None:
     for row in rows("form=text&task=caption", 100):
         assert row.response == f"I read: {join(readings(row)[0][0])}."
     for row in rows("form=text&task=again", 100):
@@ -87,6 +88,24 @@ def test_teaching_tasks_say_single_steps() -> None:
         assert row.response == f"I read again: {join(second)}."
     for row in rows("form=text&task=total", 100):
         assert row.response == f"I read: sum {readings(row)[1]}."
+    for row in rows("form=text&task=pair", 100):
+        (first, _), total = readings(row)
+        assert row.response == f"I read: {join(first)}={sum(first)}. I read: sum {total}."
+    for row in rows("form=text&task=twice", 100):
+        first, second = (f"{join(reading)}={sum(reading)}" for reading in readings(row)[0])
+        assert row.response == f"I read: {first}. I read again: {second}."
+    for row in rows("form=text&task=guess", 100):
+        first = readings(row)[0][0]
+        boxed = "".join(map(str, first))
+        assert row.response == f"I read: {join(first)}={sum(first)}. So</think>\\boxed{{{boxed}}}"
+    verdicts = []
+    for row in rows("task=compare&misread=0.5", 400):
+        both = re.fullmatch(r"Compare (\d+) and (\d+)\.", row.messages[0].text)
+        assert both is not None
+        difference = int(both[2]) - int(both[1])
+        verdicts.append("No match." if difference else "Match.")
+        assert row.response == f"{both[2]}-{both[1]}={difference}. {verdicts[-1]}"
+    assert 150 < verdicts.count("Match.") < 250
     for row in rows("task=arith", 100):
         terms = row.messages[0].text.removeprefix("Add ").removesuffix(".")
         assert row.response == f"{terms}={sum(map(int, terms.split('+')))}."
@@ -95,7 +114,7 @@ def test_teaching_tasks_say_single_steps() -> None:
         assert row.response == f"So</think>\\boxed{{{row.answer}}}"
 
 
-@pytest.mark.parametrize("task", ["number", "caption", "again", "total"])
+@pytest.mark.parametrize("task", ["number", "guess", "caption", "again", "total", "pair", "twice"])
 def test_picture_and_text_are_twins_that_differ_in_the_verb(task: str) -> None:
     shown = rows(f"task={task}&split=heldout", 200)
     written = rows(f"form=text&task={task}&split=heldout", 200)
@@ -112,11 +131,12 @@ def picture(row: Row) -> Image.Image:
     return part.image
 
 
-def test_a_picture_has_white_digits_and_a_green_sum() -> None:
-    for image, text in zip(rows("", 100), rows("form=text", 100), strict=True):
+@pytest.mark.parametrize(("high", "sum_cells"), [(9, 2), (5, 2), (3, 1)])
+def test_a_picture_has_white_digits_and_a_green_sum(high: int, sum_cells: int) -> None:
+    for image, text in zip(rows(f"high={high}", 100), rows(f"form=text&high={high}", 100), strict=True):
         pixels = np.asarray(picture(image), dtype=int)
         words = text.messages[0].text.splitlines()[0].split(" = ")
-        figures = words[0].split() + list(words[1].rjust(2))
+        figures = [*words[0].split(), *words[1].rjust(sum_cells)]
         assert pixels.shape == (CELL, len(figures) * CELL, 3)
         for index, figure in enumerate(figures):
             # Jitter is 2 pixels at most, and figures have no ink within 2 pixels of their cell's edges.
@@ -126,7 +146,7 @@ def test_a_picture_has_white_digits_and_a_green_sum() -> None:
                 assert contrast.max() == 0
                 continue
             brightest = cell[contrast > 0.9 * contrast.max()].mean(0)
-            assert (brightest[1] > brightest[0] + 80) == (index >= len(figures) - 2)
+            assert (brightest[1] > brightest[0] + 80) == (index >= len(figures) - sum_cells)
 
 
 def test_a_misprint_shows_one_digit_in_yellow_and_the_other_in_blue() -> None:

@@ -24,7 +24,8 @@ from ovr_megatron.data.schema import ENDLESS, ImagePart, Row
 
 TASKS = ("sum", "caption", "pick", "both", "arith", "box")
 SOURCES = [f"digits?task={task}" for task in TASKS] + ["shapes", "shapes?rows=3", "ordering", "countdown"]
-CHECKSUMS = [f"checksum?task={task}" for task in ("number", "caption", "again", "total", "arith", "box")]
+CHECKSUM_TASKS = ("number", "guess", "caption", "again", "total", "pair", "twice", "arith", "compare", "box")
+CHECKSUMS = [f"checksum?task={task}" for task in CHECKSUM_TASKS]
 PAINTED = [*SOURCES[:8], *CHECKSUMS]
 FORMS = [f"{kind}{'&' if '?' in kind else '?'}form={form}" for kind in PAINTED for form in ("text", "image")]
 EVERY = FORMS + SOURCES[8:]
