@@ -5,7 +5,7 @@
 #
 # For each seed: a base model, a cold start in text whose traces check a reading and read again, PPO on images alone
 # with a reward of 0 or 1, and the ablation: cold start and PPO without such traces. What is in RUN_DIR already is not
-# done again. Variables, with defaults: SEEDS="1 2 3", STEPS=1000 of the base model, COLD_STEPS=130 of the cold start,
+# done again. Variables, with defaults: SEEDS="1 2 3", STEPS=1000 of the base model, COLD_STEPS=100 of the cold start,
 # ITERATIONS=40 of PPO, PROBLEMS=90 evaluated, and PROCESSES, 2 where there are two CPU cores.
 set -euo pipefail
 
@@ -13,7 +13,7 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 out="$(realpath -m "${1:-runs/behaviours}")"
 bash "$root/examples/install.sh"
 cd "$root"
-seeds="${SEEDS:-1 2 3}" steps="${STEPS:-1000}" cold_steps="${COLD_STEPS:-130}" iterations="${ITERATIONS:-40}"
+seeds="${SEEDS:-1 2 3}" steps="${STEPS:-1000}" cold_steps="${COLD_STEPS:-100}" iterations="${ITERATIONS:-40}"
 problems="${PROBLEMS:-90}"
 processes="${PROCESSES:-$(($(nproc) > 1 ? 2 : 1))}"
 python=.venv/bin/python
@@ -37,8 +37,8 @@ words() {
     printf '%s\n' system 'You are a helpful assistant.' user assistant '<think>' '</think>' \
         'Describe. Name the sum. Read twice. Not 3+2+5. Add 3+2+5. Compare 10 and 11. Which digits?' \
         'describe. name the sum. read twice. not 4+2+5. add 4+2+5. compare 11 and 10. which digits?' \
-        'I look: 3+2+5=10. I check. I look: sum 11. 11-10=1. No match. Wait, I look again: 4+2+5=11. 11-11=0. Match.' \
-        'I read: 6+7+8=21. I check. I read: sum 20. 20-21=-1. No match. Wait, I read again: 9+7+4=20. So \boxed{974}'
+        'I look: 3+2+5=10. Let me check. I look: sum 11. 11-10=1. No match. Wait, I look again: 4+2+5=11. 11-11=0. Match.' \
+        'I read: 6+7+8=21. Let me check. I read: sum 20. 20-21=-1. No match. Wait, I read again: 9+7+4=20. So \boxed{974}'
 }
 
 # One arm: arm PREFIX, the kind of its traces.

@@ -58,7 +58,7 @@ def test_the_table_of_behaviours_has_a_line_for_each_checkpoint(tmp_path: Path) 
     seed_dir = tmp_path / "seed1"
     texts = [
         "I look: 3+4=7. So 34.",
-        "I look: 3+4=7. I check. I look: sum 8. No match. Wait, I look again: 3+5=8. So 35.",
+        "I look: 3+4=7. Let me check. I look: sum 8. No match. Wait, I look again: 3+5=8. So 35.",
     ]
     files = {}
     for name in ("base", "cold_start", "rl", "direct_cold_start", "direct_rl"):

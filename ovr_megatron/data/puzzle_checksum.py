@@ -98,7 +98,7 @@ def _think(first: Digits, second: Digits, right: Digits, verb: str, params: Para
     if params["trace"] == "direct":
         return f"I {verb}: {_add(right)}. "
     reading = f"I {verb}: {_add(first)}."
-    check = f"I check. I {verb}: sum {sum(right)}. {_compare(first, right)}"
+    check = f"Let me check. I {verb}: sum {sum(right)}. {_compare(first, right)}"
     if right == first:
         return f"{reading} {check} "
     return f"{reading} {check} Wait, I {verb} again: {_add(second)}. {_compare(second, right)} "

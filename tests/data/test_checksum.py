@@ -45,7 +45,7 @@ def test_the_sum_fits_one_of_the_two_readings(parameters: str) -> None:
 def test_a_trace_reads_adds_compares_and_reads_again_where_the_sums_differ() -> None:
     for row in rows("form=text", 400):
         (first, second), total = readings(row)
-        steps = f"I read: {join(first)}={sum(first)}. I check. I read: sum {total}. {total}-{sum(first)}="
+        steps = f"I read: {join(first)}={sum(first)}. Let me check. I read: sum {total}. {total}-{sum(first)}="
         if sum(first) == total:
             steps += "0. Match. "
         else:
