@@ -49,7 +49,7 @@ CRITIC = {
     "fresh critic": (*WITH_CRITIC, "algorithm.critic_warmup_iterations=0"),
     "pretrained critic": (*WITH_CRITIC, "algorithm.critic_warmup_iterations=0", "critic.path={values}"),
 }
-STORED_ITERATIONS = 48  # of one policy, on whose responses the values are pretrained
+STORED_ITERATIONS = 96  # of one policy, on whose responses the values are pretrained
 COLOURS = ("#d9652b", "#3a7cbd", "#1d7a46")
 WINDOW = 5  # iterations of the moving average
 
