@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,21 @@ class LossSum:
     total: Tensor
     count: int
     sums: dict[str, Tensor]
+
+
+@dataclass
+class _StepSums:
+    """What the packs of a step leave for its end.
+
+    Attributes:
+        counts: rows of each pack; empty on all pipeline stages but the last, as ``sums``.
+        sums: of each pack, its loss among them.
+        row_counts: rows of the packs of each `Engine.add_gradients`, as Megatron counted them.
+    """
+
+    counts: list[int] = field(default_factory=list)
+    sums: list[dict[str, Tensor]] = field(default_factory=list)
+    row_counts: list[Tensor] = field(default_factory=list)
 
 
 class DivergenceError(UserError, ArithmeticError):
@@ -127,7 +142,8 @@ class Engine:
         self.step_count = 0
         self.skipped = 0
         self.skipped_in_a_row = 0
-        self.compute_timer = ComputeTimer()  # of the last `backward`, until the replicas synchronise
+        self.compute_timer = ComputeTimer()  # of the last `reduce_gradients`, until the replicas synchronise
+        self._step_sums = _StepSums()
         with self.layout.active():
             self.config = language_config(shape, parallel, model)
             layers = "transformer_engine" if model.fp8 != "none" else model.layers
@@ -204,10 +220,12 @@ class Engine:
             self.config.no_sync_func = contexts if len(contexts) > 1 else contexts[0]
         return models
 
-    def _finalize_gradients(self, *args: Any, **kwargs: Any) -> None:
+    def _finalize_gradients(self, models: Sequence[torch.nn.Module], row_count: Tensor, **groups: Any) -> None:
         # What follows waits for the slowest replica, which is no computing time of this rank.
         self.compute_timer.stop()
-        finalize_model_grads(*args, **kwargs)
+        for earlier_count in self._step_sums.row_counts:
+            row_count += earlier_count
+        finalize_model_grads(list(models), row_count, **groups)
 
     def with_optimizer(self, config: OptimizerConfig, total_steps: int) -> Engine:
         """Attach AdamW and its schedule over ``total_steps`` optimizer steps; norms and biases do not decay."""
@@ -582,8 +600,46 @@ class Engine:
         Under context parallelism ``loss`` sees a rank's rows of the pack, under pipeline parallelism only the
         last stage calls it.
         """
-        counts: list[int] = []
-        sums: list[dict[str, Tensor]] = []
+        self.clear_gradients()
+        return self.reduce_gradients(packs, loss)
+
+    def clear_gradients(self) -> None:
+        """Begin a step whose packs come in parts: `add_gradients` for each but the last, then `reduce_gradients`."""
+        self._wait_onloaded("base", "weights", "gradients")
+        self.onload("optimizer")
+        for model in self.models:
+            model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        self._step_sums = _StepSums()
+
+    def add_gradients(self, packs: Sequence[Pack], loss: Loss) -> None:
+        """Add the gradients of ``packs``, which are not the last ones of the step, to those of this rank.
+
+        No rank waits for other data-parallel ranks, which may have other numbers of packs and come at other times.
+        """
+        with self._without_reduction():
+            self._run(packs, self._forward_step(loss), training=True)
+
+    def reduce_gradients(self, packs: Sequence[Pack], loss: Loss) -> dict[str, float]:
+        """Add the gradients of the last ``packs`` of the step, and reduce those of all ranks.
+
+        The gradients are then those of the mean of ``loss`` over all rows of the step.
+
+        Returns:
+            The means of the loss and its sums over these rows, and their number as ``count``.
+        """
+        self.compute_timer.start()
+        self._run(packs, self._forward_step(loss), training=True)
+        return self._means(self._step_sums.counts, self._step_sums.sums)
+
+    def scale_gradients(self, factor: float) -> None:
+        """Multiply the gradients of the step."""
+        for model in self.models:
+            model.scale_gradients(factor)
+
+    def _forward_step(self, loss: Loss) -> ForwardStep:
+        """Return what Megatron's schedule calls for each pack; what ``loss`` returns stays until the step ends."""
+        step_sums = self._step_sums
 
         def forward_step(
             iterator: Iterator[Pack], model: torch.nn.Module
@@ -592,20 +648,34 @@ class Engine:
 
             def reduce(scores: Scores) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
                 result = loss(scores, pack)
-                counts.append(result.count)
-                sums.append({"loss": result.total.detach(), **result.sums})
+                step_sums.counts.append(result.count)
+                step_sums.sums.append({"loss": result.total.detach(), **result.sums})
                 return result.total, torch.tensor(result.count, dtype=torch.int), {}
 
             return model(pack), reduce
 
-        self._wait_onloaded("base", "weights", "gradients")
-        self.onload("optimizer")
-        for model in self.models:
-            model.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        self.compute_timer.start()
-        self._run(packs, forward_step, training=True)
-        return self._means(counts, sums)
+        return forward_step
+
+    @contextmanager
+    def _without_reduction(self) -> Iterator[None]:
+        """Have the schedule leave the gradients of the packs in the block unreduced and undivided."""
+        config = self.config
+        no_sync_func = config.no_sync_func
+        # Megatron's contexts would have the last pack reduce the gradients, as they end before it.
+        config.no_sync_func = nullcontext
+        config.finalize_model_grads_func = self._count_rows
+        with ExitStack() as stack:
+            for model in self.models:
+                stack.enter_context(model.no_sync())
+            try:
+                yield
+            finally:
+                config.no_sync_func = no_sync_func
+                config.finalize_model_grads_func = self._finalize_gradients
+
+    def _count_rows(self, models: Sequence[torch.nn.Module], row_count: Tensor, **groups: Any) -> None:
+        """Keep the rows of packs whose gradients are not reduced yet, by which `_finalize_gradients` divides, too."""
+        self._step_sums.row_counts.append(row_count)
 
     def _run(self, packs: Sequence[Pack], forward_step: ForwardStep, training: bool) -> list[Any]:
         """Run Megatron's schedule over the packs, aligned and, for an interleaved pipeline, filled up."""

@@ -265,6 +265,11 @@ class AlgorithmConfig:
         return find_estimator(self.estimator).needs_groups
 
     @property
+    def normalises(self) -> bool:
+        """Return whether the advantages are normalised over the batch."""
+        return find_estimator(self.estimator).normalises
+
+    @property
     def most_steps(self) -> int:
         """Return the largest number of optimizer steps that a batch is cut into."""
         return max(self.policy_steps, self.critic_steps if self.has_critic else 1)

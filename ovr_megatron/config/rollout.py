@@ -20,6 +20,10 @@ class RolloutConfig:
     """Tensor-parallel size of an engine."""
     ranks: Annotated[Count, ZeroMeans("all train and generate in turn")] = 0
     """Ranks of the job, the last ones, that only generate; the others only train."""
+    stream_parts: Annotated[Count, ZeroMeans("training begins when all responses are there")] = 0
+    """Parts, by index, in which the prompts of an iteration go to the ranks that train, which compute the gradients of
+    a part while later ones are generated; the optimizer step waits for the last. With rollout.ranks, one step an
+    iteration, and an estimator that compares the responses to one prompt alone, or none."""
     schedule: Literal["static", "shared"] = "static"
     """Prompts of an engine: the same number at the start, so that a repeated run draws the same batches (static), or
     the next one when it has room, which ends sooner where lengths differ (shared)."""
@@ -89,6 +93,8 @@ class RolloutConfig:
             f"rollout.extra_responses={self.extra_responses} gives up; set one of them to 0",
         )
 
+        _check_parts(self)
+
     @property
     def rounds_ahead(self) -> int:
         """Return how many iterations the ranks that only generate run ahead of those that train."""
@@ -107,3 +113,24 @@ class RolloutConfig:
         With ``offload`` the trainer's models leave it meanwhile, and with ``rollout.ranks`` there are none.
         """
         return self.gpu_memory_utilization or (0.85 if offload or self.ranks else 0.5)
+
+
+def _check_parts(rollout: RolloutConfig) -> None:
+    """Raise `ConfigError` if the responses of an iteration cannot come in parts."""
+    if not rollout.stream_parts:
+        return
+    setting = f"rollout.stream_parts={rollout.stream_parts}"
+    require(
+        rollout.ranks > 0,
+        f"{setting} needs ranks that generate while others train; set rollout.ranks, or rollout.stream_parts=0",
+    )
+    require(
+        not rollout.max_staleness,
+        f"{setting} with rollout.max_staleness={rollout.max_staleness}: the responses are there before the ranks that "
+        "train are; set one of them to 0",
+    )
+    require(
+        not rollout.oversample,
+        f"{setting} with rollout.oversample={rollout.oversample:g}: only the end of the round says which prompts it "
+        "trains on; set one of them to 0",
+    )

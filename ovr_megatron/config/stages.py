@@ -145,6 +145,7 @@ class RLConfig:
             "to learn from, and nothing else takes one",
         )
         _check_critic_alone(self)
+        _check_parts(self)
         # Resolved, as one folder can be written in several ways.
         require(
             not self.rollouts_from or Path(self.rollouts_from).resolve() != Path(self.run.dir).resolve(),
@@ -251,6 +252,38 @@ def _check_critic_alone(config: RLConfig) -> None:
         not algorithm.critic_warmup_patience or algorithm.critic_warmup_iterations > 0 or config.only == "critic",
         f"algorithm.critic_warmup_patience={algorithm.critic_warmup_patience} ends a warm-up early, and there is none; "
         "set algorithm.critic_warmup_iterations to the most iterations that it may take",
+    )
+
+
+def _check_parts(config: RLConfig) -> None:
+    """Raise `ConfigError` if the policy cannot learn from an iteration's responses in parts."""
+    if not config.rollout.stream_parts:
+        return
+    setting = f"rollout.stream_parts={config.rollout.stream_parts}"
+    algorithm = config.algorithm
+    require(
+        not algorithm.normalises and not algorithm.has_critic,
+        f"{setting}: advantages of algorithm.estimator={algorithm.estimator} are normalised over all responses of an "
+        "iteration; take grpo, dr_grpo, rloo, opo, maxrl or none, or rollout.stream_parts=0",
+    )
+    require(
+        algorithm.policy_updates == 1,
+        f"{setting}: each of the {algorithm.policy_updates} policy updates of an iteration learns from responses to "
+        "all of its prompts; set algorithm.policy_steps=1 and algorithm.policy_epochs=1, or rollout.stream_parts=0",
+    )
+    require(
+        not algorithm.positive_nll,
+        f"{setting}: algorithm.positive_nll={algorithm.positive_nll:g} divides by the tokens of all right responses of "
+        "an iteration; set one of them to 0",
+    )
+    require(
+        not algorithm.dynamic_sampling,
+        f"{setting}: with algorithm.dynamic_sampling={algorithm.dynamic_sampling} only the last round says which "
+        "prompts an iteration trains on; set one of them to 0",
+    )
+    require(
+        not config.offload,
+        f"{setting} with offload=true: the gradients stay on the device from part to part; set one of them to 0",
     )
 
 

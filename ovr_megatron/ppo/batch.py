@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
@@ -97,6 +97,14 @@ def balance_prompts(costs: dict[int, int], ranks: int) -> dict[int, int]:
         for i in share:
             rank_of_prompt[prompts[i]] = rank
     return rank_of_prompt
+
+
+def group_by_prompt(responses: Iterable[Response]) -> dict[int, list[Response]]:
+    """Group responses by the index of their prompt."""
+    groups: dict[int, list[Response]] = defaultdict(list)
+    for r in responses:
+        groups[r.prompt].append(r)
+    return groups
 
 
 class Batch:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from ovr_megatron.config import AlgorithmConfig, RLConfig
 from ovr_megatron.data.processing import Processor
+from ovr_megatron.data.samples import Sample
 from ovr_megatron.engine import MEMORY_KINDS, Engine
 from ovr_megatron.ppo.advantages import (
     Ragged,
@@ -296,25 +297,51 @@ def shaped_reward(response: Response, rollout: Rollout, algorithm: AlgorithmConf
 
 def build_local_batch(models: Models, rollout: Rollout, engine: Engine) -> tuple[list[Response], Batch]:
     """Bring to this rank the responses that ``engine`` trains on here, and build their batch.  A collective."""
-    config = models.config
     dp = engine.groups.dp
     responses = exchange_responses(rollout, dp.rank(), dp.size())
-    # Counted without the prompts that were left out, so that every step gets its share of responses.
-    prompts = sorted(rollout.train_prompts)
-    prompt_positions = {prompt: position for position, prompt in enumerate(prompts)}
     samples = []
-    lengths = []
-    global_indices = []
     for r in responses:
         prompt_sample = rollout.prompts.sample(r.prompt)
         samples.append(models.processor.response_sample(prompt_sample, r.tokens))
+    return responses, _build_batch(models.config, rollout, responses, samples)
+
+
+def _build_batch(config: RLConfig, rollout: Rollout, responses: Sequence[Response], samples: Sequence[Sample]) -> Batch:
+    """Build the batch of this rank's ``responses``, whose ``samples`` have prompt and response."""
+    # Counted without the prompts that were left out, so that every step gets its share of responses.
+    prompts = sorted(rollout.train_prompts)
+    prompt_positions = {prompt: position for position, prompt in enumerate(prompts)}
+    lengths = []
+    global_indices = []
+    for r in responses:
         lengths.append(len(r.tokens))
         first_index = prompt_positions[r.prompt] * config.responses
         global_indices.append(first_index + r.sample)
     total = len(prompts) * config.responses
     shared_prompts = [r.prompt for r in responses] if config.share_prompts else None
-    batch = Batch(samples, lengths, config.data.pack_tokens, global_indices, total, shared_prompts)
-    return responses, batch
+    return Batch(samples, lengths, config.data.pack_tokens, global_indices, total, shared_prompts)
+
+
+def join_experiences(models: Models, rollout: Rollout, parts: Sequence[Experience]) -> Experience:
+    """Return what this rank's policy has learned from in all ``parts`` of ``rollout``, in their order."""
+    responses = [response for part in parts for response in part.responses]
+    samples = [sample for part in parts for sample in part.batch.samples]
+    return Experience(
+        responses,
+        _build_batch(models.config, rollout, responses, samples),
+        [advantages for part in parts for advantages in part.advantages],
+        old=_join([part.old for part in parts]),
+        reference=_join([part.reference for part in parts]),
+        teacher=_join([part.teacher for part in parts]),
+        sources=response_sources(rollout.prompts.rows, responses),
+    )
+
+
+def _join(parts: Sequence[Ragged | None]) -> Ragged | None:
+    """Return the arrays of all parts; None where the parts have none."""
+    if any(part is None for part in parts):
+        return None
+    return [array for part in parts if part is not None for array in part]
 
 
 def exchange_responses(rollout: Rollout, dp_rank: int, dp_size: int) -> list[Response]:

@@ -46,13 +46,13 @@ from ovr_megatron.ppo.generator_commands import (
     Update,
     receive_groups,
 )
-from ovr_megatron.ppo.iteration import Clock, IterationResult, learn
+from ovr_megatron.ppo.parts import EnginePart, engine_peers
 from ovr_megatron.ppo.prompts import PromptState, PromptStream
 from ovr_megatron.ppo.rollouts import Rollout
 from ovr_megatron.ppo.unfinished import UnfinishedGroup, UnfinishedResponses
 from ovr_megatron.rollout.reshard import Reshard, Traffic
 from ovr_megatron.runtime.distributed import World
-from ovr_megatron.runtime.exchange import call_on_all, exchange
+from ovr_megatron.runtime.exchange import call_on_all, exchange, gather_objects
 from ovr_megatron.runtime.logs import get_logger
 from ovr_megatron.runtime.split_job import SplitJob
 from ovr_megatron.runtime.stop import Stop, StopRequest, StopRequested
@@ -192,6 +192,42 @@ class Generators:
         self._generate_ahead(iteration, prompts.state())
         return rollout
 
+    def begin(self, iteration: int, stream: PromptState) -> None:
+        """Begin an iteration whose responses come in parts: `take_part` for each of them, then `finish`.
+
+        ``stream`` is the position of the prompt stream before the iteration.
+        """
+        self._generate(iteration, stream)
+
+    def take_part(self) -> EnginePart | None:
+        """Return what this trainer gets of the next part, in order; None where a signal has ended generation.
+
+        Every part must be taken before `finish`, also after None.
+        """
+        responses: list[Response] = []
+        tokens: dict[int, int] = {}
+        stopped = False
+        for engine, trainer in engine_peers(self._config, self._job).items():
+            if trainer != self._job.rank:
+                continue
+            engine_part: EnginePart | None = self._job.take(engine, self._stop)
+            if engine_part is None:
+                stopped = True
+            else:
+                responses += engine_part.responses
+                tokens |= engine_part.tokens
+        # The trainers agree: another one's engine may have ended earlier.
+        return None if any(gather_objects(stopped)) else EnginePart(responses, tokens)
+
+    def finish(self) -> ReceivedRollout:
+        """Return what there is to know of the iteration whose parts were taken, without its responses.
+
+        Raises:
+            StopRequested: generation was stopped by a signal.
+        """
+        self._receive()
+        return self.received.popleft()
+
     def go_on(self) -> None:
         """With ``rollout.max_staleness`` begin a further iteration.
 
@@ -316,43 +352,3 @@ class Generators:
 def ahead_of(checkpoint: ResumePoint) -> list[dict[str, float]]:
     """Return the metrics of the iterations that were generated ahead of a checkpoint, none where there are none."""
     return checkpoint.state.get("ahead") or []
-
-
-def iterate_split(
-    models: Models,
-    generators: Generators,
-    prompts: PromptStream,
-    iteration: int,
-    goes_on: bool,
-) -> IterationResult:
-    """Run iteration ``iteration`` (from 0) with responses of the generators.  A collective of the trainers.
-
-    ``timing/generate`` is what the trainers waited for responses.
-
-    Args:
-        models: those of the trainers.
-        generators: the other ranks.
-        prompts: the same on every trainer.
-        iteration: from 0.
-        goes_on: whether the generators may begin to generate ahead before the next call, as they have nothing to
-            evaluate.
-
-    Raises:
-        StopRequested: a signal came while the trainers waited for the responses.
-    """
-    clock = Clock()
-    with clock("generate"):
-        rollout = generators.collect(prompts, iteration)
-    result = learn(models, rollout, iteration, clock)
-    with clock("generate"):
-        generators.wait(iteration)
-    with clock("sync"):
-        traffic = generators.update(models, iteration + 1)
-        if goes_on:
-            generators.go_on()
-    metrics = result.metrics
-    metrics |= traffic.metrics()
-    # Again: those of `learn` do not have the seconds of these phases yet.
-    metrics |= clock.metrics(result.experience.batch, models.world)
-    metrics["perf/generate_tokens_per_second"] *= metrics["timing/generate"] / metrics["timing/rollout"]
-    return result

@@ -85,6 +85,17 @@ class RoundGrading:
                     rewarded=False,
                 )
 
+    def is_graded(self, prompt: int) -> bool:
+        """Return whether the prompt is answered and no verdict on its responses is missing."""
+        for sample in range(self._config.responses):
+            response = self.responses.get((prompt, sample))
+            if response is None:
+                return False
+            # Those that did not stop by themselves are graded by nobody.
+            if response.stopped and (prompt, sample) not in self._verdicts:
+                return False
+        return True
+
     @property
     def pending(self) -> int:
         """Number of verdicts that are missing."""

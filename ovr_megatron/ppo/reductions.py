@@ -41,12 +41,54 @@ def token_weights(
     """
     if reduction == "token":
         return None
-    members = list(chain.from_iterable(packs))
-    local_tokens = sum(lengths[i] for i in members)
-    local_packs = sum(map(bool, packs))  # without the empty ones, which only keep a rank in step
-    local_counts = np.array([local_tokens, len(members), local_packs], np.float64)
     # Every rank takes part in the sum, also one without responses in this step.
-    token_count, response_count, pack_count = sum_over_ranks(local_counts)
+    counts = sum_over_ranks(_count(lengths, packs))
+    return _weights(reduction, lengths, packs, constant, counts)
+
+
+def unscaled_weights(
+    reduction: str, lengths: Sequence[int], packs: Sequence[Sequence[int]], constant: int
+) -> Ragged | None:
+    """Return the factors of `token_weights` without its sums over the step, which is not complete yet.
+
+    The mean over all tokens of the step must be multiplied by `ReductionCounts.scale` of the entire step.
+    """
+    if reduction == "token":
+        return None
+    return _weights(reduction, lengths, packs, constant, np.ones(3))
+
+
+class ReductionCounts:
+    """Tokens, responses and packs of a step whose packs come in parts."""
+
+    def __init__(self) -> None:
+        self._counts = np.zeros(3)
+
+    def add(self, lengths: Sequence[int], packs: Sequence[Sequence[int]]) -> None:
+        """Count a part of the step on this rank; arguments as of `token_weights`."""
+        self._counts += _count(lengths, packs)
+
+    def scale(self, reduction: str, sum_over_ranks: SumOverRanks) -> float:
+        """Return what `unscaled_weights` have left out: tokens over responses, or over packs; 1 for ``token``."""
+        if reduction == "token":
+            return 1.0
+        token_count, response_count, pack_count = sum_over_ranks(self._counts)
+        return float(token_count / (pack_count if reduction == "pack" else response_count))
+
+
+def _count(lengths: Sequence[int], packs: Sequence[Sequence[int]]) -> np.ndarray:
+    """Return how many tokens, responses and packs of a step this rank has."""
+    members = list(chain.from_iterable(packs))
+    tokens = sum(lengths[i] for i in members)
+    filled_packs = sum(map(bool, packs))  # without the empty ones, which only keep a rank in step
+    return np.array([tokens, len(members), filled_packs], np.float64)
+
+
+def _weights(
+    reduction: str, lengths: Sequence[int], packs: Sequence[Sequence[int]], constant: int, counts: np.ndarray
+) -> Ragged:
+    """Return the factors of `token_weights` with tokens, responses and packs of the step as in ``counts``."""
+    token_count, response_count, pack_count = counts
     weights = [np.zeros(n) for n in lengths]
     for pack in packs:
         pack_tokens = sum(lengths[i] for i in pack)

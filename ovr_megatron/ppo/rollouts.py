@@ -5,18 +5,18 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from ovr_megatron.config import RLConfig, Sampling
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.data.stream import RowPosition
-from ovr_megatron.ppo.batch import Response, seeds_of
+from ovr_megatron.ppo.batch import Response, group_by_prompt, seeds_of
 from ovr_megatron.ppo.counters import RolloutCounters
 from ovr_megatron.ppo.engine_round import EngineRound
 from ovr_megatron.ppo.grading import RoundGrading
+from ovr_megatron.ppo.parts import PartSender, count_tokens
 from ovr_megatron.ppo.prompts import Prompts, PromptStream
 from ovr_megatron.ppo.round_cut import RoundCut
 from ovr_megatron.ppo.round_responses import RoundResponses
@@ -107,11 +107,13 @@ class Rollouts:
         endless: makes every response as long as the limit allows, as a rehearsal needs it.
         stop: ends generation when a signal comes, on any rank; None generates to the end.
         version: the iteration whose weights the engine has; None: that of the round.
+        parts: sends the responses of an iteration in parts as they come; None: all are in the `Rollout` alone.
     """
 
     endless = False
     stop: StopRequest | None = None
     version: int | None = None
+    parts: PartSender | None = None
 
     def __init__(
         self,
@@ -268,19 +270,11 @@ class Rollouts:
 
     def _group_rewards(self, responses: Sequence[Response], rollout: Rollout) -> dict[int, GroupRewards]:
         """Gather the groups of all ranks whose responses are all graded, by prompt.  A collective."""
+        groups_of_responses = group_by_prompt(responses)
         local_groups = {}
-        responses_of_prompt = group_by_prompt(responses)
-        for prompt, group in responses_of_prompt.items():
-            if not all(r.rewarded for r in group):
-                continue
-            prompt_tokens = len(rollout.prompts.sample(prompt))
-            total_tokens = 0
-            distinct_rewards = set()
-            for r in group:
-                total_tokens += prompt_tokens + len(r.tokens)
-                distinct_rewards.add(r.reward)
-            differ = len(distinct_rewards) > 1
-            local_groups[prompt] = GroupRewards(total_tokens, differ)
+        for prompt, tokens in count_tokens(responses, rollout.prompts).items():
+            rewards = {r.reward for r in groups_of_responses[prompt]}
+            local_groups[prompt] = GroupRewards(tokens, len(rewards) > 1)
         # Every rank takes part, also the followers of an engine, which have no responses.
         ranks = gather_objects(local_groups if self.leads else {})
         groups: dict[int, GroupRewards] = {}
@@ -320,6 +314,8 @@ class Rollouts:
         def take_requests(unfinished: int) -> list[tuple[int, Prompt]]:
             requests = []
             for prompt, template in self._engine_prompts(queue.take(unfinished), rollout, iteration):
+                if self.parts:
+                    self.parts.begin(prompt)
                 prompt_tokens = len(rollout.prompts.sample(prompt))
                 requests += parts.requests(prompt, template, rollout.limit, prompt_tokens)
             return requests
@@ -331,14 +327,24 @@ class Rollouts:
                 if self.world.is_main:
                     counters.show(bar, at_once)
 
-            problems = engine_round.run(work.complete, take_requests, show)
+            def send_parts() -> None:
+                if self.parts and self.leads:
+                    self.parts.send_complete(grading, rollout.prompts, queue.has_given)
+
+            def between_steps() -> None:
+                show()
+                send_parts()
+
+            problems = engine_round.run(work.complete, take_requests, between_steps)
             generate_s = rollout.timeline.end("engine")
-            engine_round.wait(rollout.timeline)
+            engine_round.wait(rollout.timeline, send_parts)
             show(at_once=True)
         # Not in the gathers below: a rank may wait here longer than the time-out of an ordinary collective.
         barrier.wait()
         rollout.timeline.end("wait")
         grading.add_failed(list(problems.items()), config.responses)
+        if self.parts:
+            self.parts.finish(grading, rollout.prompts)
         if cut:
             self._leave_out(rollout, cut.postponed(indices, list(problems), self.leads), cut, parts)
         left_out = set(rollout.postponed + rollout.unfinished)
@@ -415,11 +421,3 @@ class Rollouts:
         }
         for key, value in values.items():
             rollout.metrics[key] = rollout.metrics.get(key, 0.0) + value
-
-
-def group_by_prompt(responses: Iterable[Response]) -> dict[int, list[Response]]:
-    """Group responses by the index of their prompt."""
-    groups: dict[int, list[Response]] = defaultdict(list)
-    for r in responses:
-        groups[r.prompt].append(r)
-    return groups

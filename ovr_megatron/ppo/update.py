@@ -13,7 +13,7 @@ from ovr_megatron.ppo.advantages import Ragged, explained_variance, mean_and_std
 from ovr_megatron.ppo.experience import CriticBatch, Experience, Models, sum_over_dp
 from ovr_megatron.ppo.mismatch import token_modalities
 from ovr_megatron.ppo.objectives import PolicyObjective, ValueObjective
-from ovr_megatron.ppo.reductions import positive_nll_weights, token_weights
+from ovr_megatron.ppo.reductions import ReductionCounts, positive_nll_weights, token_weights, unscaled_weights
 from ovr_megatron.ppo.sources import SourceMeans
 from ovr_megatron.ppo.staleness import has_older_tokens, token_staleness
 
@@ -106,17 +106,14 @@ def update_policy(models: Models, experience: Experience, iteration: int) -> dic
     It is strictly on-policy if that is one step, and the weights before it drew all tokens.
     """
     config = models.config.algorithm
-    batch = experience.batch
-    token_arrays: dict[str, Ragged] = {"modalities": token_modalities(batch.samples, batch.lengths)}
     by_staleness = has_older_tokens(experience.responses, models.config.rollout.max_staleness)
+    token_arrays = _token_arrays(experience)
     if by_staleness:
         token_arrays["staleness"] = token_staleness(experience.responses, iteration)
     sources = experience.sources
-    if sources.names:
-        token_arrays["sources"] = sources.token_indices(batch.lengths)
     objective = PolicyObjective(config, models.policy.groups.cp, by_staleness, sources.names)
     # As many on every rank, also on one that has no responses in a step.
-    step_count = min(config.policy_steps, batch.total)
+    step_count = min(config.policy_steps, experience.batch.total)
     step_metrics = []
     for _ in range(config.policy_epochs):
         for step in range(step_count):
@@ -124,11 +121,72 @@ def update_policy(models: Models, experience: Experience, iteration: int) -> dic
             step_metrics.append(models.policy.train(packs, objective))
             if objective.correction is not None:
                 step_metrics[-1]["sample_size"] = effective_sample_size(step_metrics[-1])
+    return _objective_metrics(objective, step_metrics)
+
+
+def _token_arrays(experience: Experience) -> dict[str, Ragged]:
+    """Return the arrays [n] of each response that metrics are told apart by, the same names on all ranks."""
+    batch = experience.batch
+    arrays: dict[str, Ragged] = {"modalities": token_modalities(batch.samples, batch.lengths)}
+    if experience.sources.names:
+        arrays["sources"] = experience.sources.token_indices(batch.lengths)
+    return arrays
+
+
+def _objective_metrics(objective: PolicyObjective, step_metrics: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Return the metrics of the policy's steps and those that its objective has collected.  A collective."""
     mismatch = objective.mismatch.metrics()  # after the last step, as it waits for the device
     metrics = policy_metrics(mean_over_steps(step_metrics), mismatch)
-    if sources.names:
+    if objective.source_means.names:
         metrics |= source_metrics(objective.source_means)
     return metrics
+
+
+class PolicyStep:
+    """The policy's only step of an iteration, whose responses come in parts.  Every method is a collective.
+
+    It differs from the step of `update_policy` by rounding: packs are formed within a part, and where
+    ``algorithm.reduction`` divides by the responses or packs of the step, the gradients are divided at its end.
+
+    Args:
+        models: those of the run.
+        sources: names of all sources of the iteration, if there are several.
+    """
+
+    def __init__(self, models: Models, sources: Sequence[str]) -> None:
+        config = models.config.algorithm
+        self._models = models
+        self._objective = PolicyObjective(config, models.policy.groups.cp, sources=sources)
+        self._counts = ReductionCounts()
+        self._means: dict[str, float] = {}
+        models.policy.clear_gradients()
+
+    def add(self, experience: Experience, is_last: bool) -> None:
+        """Compute the gradients of a part; those of all ranks are reduced with the last part."""
+        config = self._models.config
+        policy = self._models.policy
+        batch = experience.batch
+        pack_members = batch.group_into_packs(range(len(batch)))
+        self._counts.add(batch.lengths, pack_members)
+        reduction = config.algorithm.reduction
+        weights = unscaled_weights(reduction, batch.lengths, pack_members, config.reduction_tokens)
+        packs = _experience_packs(experience, pack_members, _token_arrays(experience), weights)
+        if is_last:
+            self._means = policy.reduce_gradients(packs, self._objective)
+        else:
+            policy.add_gradients(packs, self._objective)
+
+    def take(self) -> dict[str, float]:
+        """Take the step, and return its metrics."""
+        policy = self._models.policy
+        sum_over_ranks = partial(sum_over_dp, layout=policy.layout)
+        scale = self._counts.scale(self._models.config.algorithm.reduction, sum_over_ranks)
+        if scale != 1:
+            policy.scale_gradients(scale)
+        metrics = self._means | {"loss": self._means["loss"] * scale} | policy.step()
+        if self._objective.correction is not None:
+            metrics["sample_size"] = effective_sample_size(metrics)
+        return _objective_metrics(self._objective, [metrics])
 
 
 def source_metrics(source_means: SourceMeans) -> dict[str, float]:
@@ -194,16 +252,33 @@ def policy_packs(models: Models, experience: Experience, token_arrays: Mapping[s
     # One step is strictly on-policy, also where a divergence in the reward has had them computed.
     if config.policy_updates > 1:
         old_logprobs = experience.old
-    return batch.packs(
+    return _experience_packs(
+        experience,
+        pack_members,
+        token_arrays,
+        weights,
+        old_logprobs=old_logprobs,
+        positive_nll_weights=likelihood,
+    )
+
+
+def _experience_packs(
+    experience: Experience,
+    pack_members: Sequence[Sequence[int]],
+    token_arrays: Mapping[str, Ragged],
+    weights: Ragged | None,
+    **arrays: Ragged | None,
+) -> list[Pack]:
+    """Build packs with what every step of the policy reads, and further ``arrays`` of a step."""
+    return experience.batch.packs(
         pack_members,
         advantages=experience.advantages,
         rollout_logprobs=[r.logprobs for r in experience.responses],
         **token_arrays,
-        old_logprobs=old_logprobs,
         reference_logprobs=experience.reference,
         teacher_logprobs=experience.teacher,
         weights=weights,
-        positive_nll_weights=likelihood,
+        **arrays,
     )
 
 

@@ -12,9 +12,9 @@ from ovr_megatron.config import RLConfig
 from ovr_megatron.data.skipped import skipped_rows
 from ovr_megatron.ppo.curriculum import stage_starts
 from ovr_megatron.ppo.experience import Models
-from ovr_megatron.ppo.generators import iterate_split
 from ovr_megatron.ppo.iteration import IterationResult, iterate
 from ovr_megatron.ppo.prompts import PromptStream
+from ovr_megatron.ppo.split_iteration import iterate_split
 from ovr_megatron.rl.serving import serve
 from ovr_megatron.rl.setup import build_models, build_rollouts, check_steps, open_model_and_prompts
 from ovr_megatron.rl.split import join_generators

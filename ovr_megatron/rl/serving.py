@@ -21,6 +21,7 @@ from ovr_megatron.ppo.generator_commands import (
     deliver,
     receive_groups,
 )
+from ovr_megatron.ppo.parts import PartSender
 from ovr_megatron.ppo.prompts import PromptState, PromptStream
 from ovr_megatron.ppo.rollouts import Rollout, Rollouts
 from ovr_megatron.rl.setup import open_model_and_prompts, start_engine, start_graders
@@ -54,6 +55,7 @@ class _Server:
     """vLLM, graders and the prompt stream of a rank that only generates."""
 
     def __init__(self, config: RLConfig, world: World, job: SplitJob, stop: StopRequest, resources: ExitStack) -> None:
+        self._config = config
         self._job = job
         self._stop = stop
         run = Path(config.run.dir)
@@ -97,13 +99,20 @@ class _Server:
         # The caches of earlier prompts are lost in a restart: without them responses are the same afterwards.
         self._engine.drop_caches()
         _go_to(self._prompts, command)
+        parts = None
+        if self._config.rollout.stream_parts:
+            parts = PartSender(self._config, self._job)
+        self._rollouts.parts = parts
         try:
             rollout = self._rollouts.collect(self._prompts, command.iteration, command.limit)
         except StopRequested:
+            if parts:
+                parts.cancel()
             delivery = Delivery(stopped=self._level())
             deliver(self._job, delivery, [], {}, self._stop)
             return
-        responses = rollout.responses if self._rollouts.leads else []
+        # Those that have been sent in parts are there.
+        responses = rollout.responses if self._rollouts.leads and not parts else []
         rollout.metrics["memory/rollout_peak_gib"] = peak_gib()
         delivery = _delivery(rollout, self._prompts.state(), time.perf_counter() - began)
         deliver(self._job, delivery, responses, self._rollouts.unfinished.groups, self._stop)

@@ -22,11 +22,12 @@ from ovr_megatron.ppo import archive
 from ovr_megatron.ppo.advantage_histogram import advantage_metrics
 from ovr_megatron.ppo.advantages import Ragged
 from ovr_megatron.ppo.batch import Response
-from ovr_megatron.ppo.generators import Generators, ahead_of, iterate_split
+from ovr_megatron.ppo.generators import Generators, ahead_of
 from ovr_megatron.ppo.iteration import Clock, IterationResult, iterate, learn
 from ovr_megatron.ppo.measures import mfu_metrics, sample_texts, spread_metrics
 from ovr_megatron.ppo.prompts import PromptState
 from ovr_megatron.ppo.rollouts import Rollouts
+from ovr_megatron.ppo.split_iteration import iterate_split
 from ovr_megatron.ppo.timeline import gather_timeline
 from ovr_megatron.rewards.rules import RewardFunction
 from ovr_megatron.rl.generation import generate

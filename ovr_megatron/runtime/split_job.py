@@ -10,11 +10,14 @@ from __future__ import annotations
 import datetime
 import pickle
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from ovr_megatron.errors import UserError
@@ -25,6 +28,7 @@ Item = TypeVar("Item")
 
 _REPORT_S = 1.0  # between two reports of a rank: the store is one process for all ranks
 _PAUSE_S = 0.002
+_POST_PAUSE_S = 0.02  # each look is a message to the store
 _STORE_PAUSE_S = 0.1  # the same of a rank that waits
 _REQUEUE = 1 << 24  # a rank that is asked to stop adds 1 to the counter, and this where it is to be started again
 
@@ -60,6 +64,9 @@ class SplitJob:
         self._next_report = 0.0
         self._published = Stop.NO
         self._runs = 0  # of this process, one after the other; both sides count alike
+        self._posts: list[tuple[dist.Work, Tensor]] = []  # under way, with their bytes
+        self._posted: Counter[int] = Counter()  # by peer; both sides number what travels between them
+        self._taken: Counter[int] = Counter()
 
     @property
     def generators(self) -> int:
@@ -118,6 +125,30 @@ class SplitJob:
         received: Item = box[0]  # type: ignore[assignment]  # on the source it is an Item, and so on every rank
         return received
 
+    def post(self, item: Any, peer: int) -> None:
+        """Send an object to a rank of the other side, which must `take` it before both sides meet; return at once."""
+        payload = torch.frombuffer(bytearray(pickle.dumps(item)), dtype=torch.uint8)
+        work = dist.isend(payload, group=self.messages, group_dst=peer)
+        assert work is not None
+        self._posts.append((work, payload))
+        # After the message is under way: a rank that waits for this key then takes the message without delay.
+        self._store.set(f"post/{self.rank}-{peer}/{self._posted[peer]}", str(len(payload)))
+        self._posted[peer] += 1
+
+    def take(self, peer: int, request: StopRequest) -> Any:
+        """Wait for the next object that a rank of the other side has posted to this one, and return it.
+
+        Arguments and errors as of `meet`.
+        """
+        key = f"post/{peer}-{self.rank}/{self._taken[peer]}"
+        self._taken[peer] += 1
+        self._wait(lambda: self._store.check([key]), _POST_PAUSE_S, request)
+        # Allocated for the length that the key has: a receiver must know it before the message comes.
+        payload = torch.empty(int(self._store.get(key)), dtype=torch.uint8)
+        self._store.delete_key(key)
+        dist.recv(payload, group=self.messages, group_src=peer)
+        return pickle.loads(payload.numpy().tobytes())
+
     def meet(self, request: StopRequest) -> None:
         """Wait for every rank of both sides, for as long as any of them makes progress.  A collective of all ranks.
 
@@ -128,28 +159,35 @@ class SplitJob:
             UserError: another rank has ended with it.
             SideError: another rank has ended.
         """
-        last_steps = -1
-        next_look = 0.0
         try:
             barrier = dist.barrier(self.messages, async_op=True)
             assert barrier is not None
             # Polled, as a wait inside the collective would neither see the other side work nor let signals through.
-            while not barrier.is_completed():
-                now = time.monotonic()
-                if now >= next_look:
-                    next_look = now + _STORE_PAUSE_S
-                    self._publish(request)
-                    self._raise_failure()
-                    steps = self._store.add("steps", 0)
-                    if steps != last_steps:
-                        watchdog.defer()
-                    last_steps = steps
-                time.sleep(_PAUSE_S)
+            self._wait(barrier.is_completed, _PAUSE_S, request)
             barrier.wait()  # raises where a rank has died
+            for work, _ in self._posts:  # all are taken, or the other side would not have met this one
+                work.wait()
+            self._posts.clear()
         except SideError:
             raise
         except RuntimeError as error:
             self._raise_ended(error)
+
+    def _wait(self, is_done: Callable[[], bool], pause_s: float, request: StopRequest) -> None:
+        """Poll ``is_done`` for as long as any rank makes progress; arguments and errors as of `meet`."""
+        last_steps = -1
+        next_look = 0.0
+        while not is_done():
+            now = time.monotonic()
+            if now >= next_look:
+                next_look = now + _STORE_PAUSE_S
+                self._publish(request)
+                self._raise_failure()
+                steps = self._store.add("steps", 0)
+                if steps != last_steps:
+                    watchdog.defer()
+                last_steps = steps
+            time.sleep(pause_s)
 
     @contextmanager
     def reporting(self, request: StopRequest) -> Iterator[None]:

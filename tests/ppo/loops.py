@@ -25,7 +25,7 @@ from ovr_megatron.data.processing import Processor
 from ovr_megatron.data.stream import open_stream
 from ovr_megatron.launch import RECIPES
 from ovr_megatron.ppo import archive
-from ovr_megatron.ppo.batch import seeds_of
+from ovr_megatron.ppo.batch import Batch, seeds_of
 from ovr_megatron.ppo.experience import (
     CriticBatch,
     Experience,
@@ -37,8 +37,9 @@ from ovr_megatron.ppo.experience import (
 from ovr_megatron.ppo.iteration import rollout_staleness
 from ovr_megatron.ppo.losses import LOSSES
 from ovr_megatron.ppo.objectives import PolicyObjective, ValueObjective
+from ovr_megatron.ppo.parts import cut_into_parts
 from ovr_megatron.ppo.prompts import PromptStream
-from ovr_megatron.ppo.update import critic_packs, policy_packs, update_policy
+from ovr_megatron.ppo.update import PolicyStep, critic_packs, policy_packs, update_policy
 from ovr_megatron.rl import training as rl
 from ovr_megatron.rl.generation import generate
 from ovr_megatron.rl.setup import build_models
@@ -203,6 +204,42 @@ def policy_gradients(*more: str) -> dict[str, dict[str, Tensor]]:
         gradients = {key: gradient.clone() for key, gradient in models.policy.gradients()}
         found[name] = gradients | {"packs": len(packs)}
     return found
+
+
+def part_gradients(reduction: str, *more: str) -> dict[str, float]:
+    """Compare those of three parts of iteration 0, one after the other, with those of the entire iteration."""
+    # Every response is longer than half of a pack and has its own: parts then have the packs of the iteration.
+    settings = ("algorithm.estimator=grpo", f"algorithm.reduction={reduction}", "data.pack_tokens=80")
+    chosen = config("ppo", *settings, "data.max_prompt_tokens=64", *more)
+    models, experience, _ = saved_experience(chosen)
+    policy = models.policy
+    objective = PolicyObjective(chosen.algorithm, policy.groups.cp)
+    packs = policy_packs(models, experience, {}, 0)
+    means = policy.backward(packs, objective)
+    whole = {name: gradient.clone() for name, gradient in policy.gradients()}
+    vars(policy)["step"] = lambda: {"grad_norm": 0.0}
+    step = PolicyStep(models, ())
+    pack_count = 0
+    parts = cut_into_parts(chosen.prompts, 3)
+    for part in parts:
+        members = [i for i, response in enumerate(experience.responses) if response.prompt in part]
+        batch = experience.batch
+        part_batch = Batch(
+            [batch.samples[i] for i in members],
+            [batch.lengths[i] for i in members],
+            chosen.data.pack_tokens,
+            range(len(members)),
+            len(members),
+        )
+        pack_count += len(part_batch.group_into_packs(range(len(members)))) if members else 0
+        advantages = [experience.advantages[i] for i in members]
+        responses = [experience.responses[i] for i in members]
+        step.add(Experience(responses, part_batch, advantages), is_last=part == parts[-1])
+    metrics = step.take()
+    ours = dict(policy.gradients())
+    loss = abs(metrics["policy/loss"] - means["loss"])
+    found = differences(ours | {"packs": pack_count}, whole | {"packs": len(packs)})
+    return found | {"loss": loss, "responses": len(experience.responses)}
 
 
 def differences(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, float]:
@@ -406,6 +443,11 @@ if __name__ == "__main__":
     for cut, more in policy_cuts.items():
         ours = policy_gradients(*more)
         gradients |= {f"{cut}, {name}": differences(ours[name], policy[name]) for name in policy}
+    parts = {}
+    for name in ("", "parallel.tp=2", "parallel.cp=2", "parallel.pp=2", "parallel.overlap=true"):
+        parts[name] = part_gradients("sequence", *filter(None, [name]))
+    for reduction in ("token", "constant", "pack"):
+        parts[reduction] = part_gradients(reduction)
     stale = {"none": stale_update(None), "one_rank": stale_update(1)}
     shared = {}
     for name in ("sequence_truncate", "sequence_mask", "geometric_mask", "icepop"):
@@ -413,6 +455,7 @@ if __name__ == "__main__":
     if world.is_main:
         (out / "stale.json").write_text(json.dumps(stale))
         (out / "shared.json").write_text(json.dumps(shared))
+        (out / "parts.json").write_text(json.dumps(parts))
         (out / "gradients.json").write_text(json.dumps(gradients))
         (out / "replays.json").write_text(json.dumps(found))
     distributed.finish()

@@ -1,7 +1,8 @@
 """Runs whose last ranks only generate, beside the same runs of one side: ``split.py OUT PART``.
 
 ``first`` ends with a run whose trainers are killed, ``second`` goes on with it, ``further`` has older responses,
-``tp1`` and ``tp2`` have two ranks on either side, with engines of one and of two ranks.
+``parts`` has responses that come in parts, ``tp1`` and ``tp2`` have two ranks on either side, with engines of one and
+of two ranks.
 """
 
 import json
@@ -23,8 +24,9 @@ from ovr_megatron.config import ParallelConfig, RLConfig, Sampling, build, defau
 from ovr_megatron.data.processing import Processor
 from ovr_megatron.errors import UserError
 from ovr_megatron.launch import RECIPES
-from ovr_megatron.ppo import generators
+from ovr_megatron.ppo import split_iteration
 from ovr_megatron.ppo.rollouts import Rollouts
+from ovr_megatron.ppo.update import PolicyStep
 from ovr_megatron.rl import training as rl
 from ovr_megatron.rl.rehearsal import rehearse
 from ovr_megatron.rollout.engine import RolloutEngine
@@ -49,6 +51,10 @@ SAMPLED = ("iterations=3", "prompts=3", "algorithm.dynamic_sampling=3")
 TAIL = ("iterations=3", "rollout.oversample=0.5")
 # Prompts that come again, and turns that are skipped, by rewards that the generators alone know before the next draw.
 CHOSEN = ("algorithm.prompt_replay=0.9", "algorithm.prompt_cooldown=1", "algorithm.prompt_exploration=0.5")
+
+
+# Responses that come in parts, two prompts each; and the same in one part.
+PARTS = ("algorithm.estimator=grpo", "prompts=6", "rollout.max_num_seqs=4", "iterations=3")
 
 
 def config(name: str, *more: str) -> RLConfig:
@@ -88,14 +94,38 @@ def timed(name: str, pause_s: float) -> Iterator[None]:
 
         return run
 
-    learn, collect = generators.learn, Rollouts.collect
-    generators.learn, Rollouts.collect = record(learn, 0.0), record(collect, pause_s)
+    learn, collect = split_iteration.learn, Rollouts.collect
+    split_iteration.learn, Rollouts.collect = record(learn, 0.0), record(collect, pause_s)
     try:
         yield
     finally:
-        generators.learn, Rollouts.collect = learn, collect
+        split_iteration.learn, Rollouts.collect = learn, collect
         if world.is_main:
             (out / f"{name}.{world.job.side}.json").write_text(json.dumps(spans))
+
+
+@contextmanager
+def timed_parts(name: str) -> Iterator[None]:
+    """Write when gradients of a part were computed, and when an engine made a step, within the block."""
+    times: list[tuple[str, float]] = []
+
+    def record(work: Any, what: str) -> Any:
+        def run(*arguments: Any, **options: Any) -> Any:
+            result = work(*arguments, **options)
+            times.append((what, time.time()))
+            return result
+
+        return run
+
+    room_left, add, take = RolloutEngine.room_left, PolicyStep.add, PolicyStep.take
+    RolloutEngine.room_left = record(room_left, "engine step")
+    PolicyStep.add, PolicyStep.take = record(add, "part"), record(take, "step")
+    try:
+        yield
+    finally:
+        RolloutEngine.room_left, PolicyStep.add, PolicyStep.take = room_left, add, take
+        if world.is_main:
+            (out / f"{name}.{world.job.side}.parts.json").write_text(json.dumps(times))
 
 
 @contextmanager
@@ -140,7 +170,7 @@ def same(ours: list[list[Generation]], theirs: list[list[Generation]]) -> bool:
 @contextmanager
 def on_iteration(iteration: int, act: Any) -> Iterator[None]:
     """Call ``act`` within the block before an iteration is generated, on the generators, or learned from."""
-    learn, collect = generators.learn, Rollouts.collect
+    learn, collect = split_iteration.learn, Rollouts.collect
 
     def early(work: Any) -> Any:
         def run(*arguments: Any) -> Any:
@@ -150,11 +180,11 @@ def on_iteration(iteration: int, act: Any) -> Iterator[None]:
 
         return run
 
-    generators.learn, Rollouts.collect = early(learn), early(collect)
+    split_iteration.learn, Rollouts.collect = early(learn), early(collect)
     try:
         yield
     finally:
-        generators.learn, Rollouts.collect = learn, collect
+        split_iteration.learn, Rollouts.collect = learn, collect
 
 
 def resume(name: str, resumed: str, step: int, *more: str, rollouts: bool = True) -> None:
@@ -222,6 +252,8 @@ if __name__ == "__main__":
         for name, settings in (("sampled", SAMPLED), ("tail", TAIL)):
             train(name, tp, *settings)
             train_alone(f"{name}_one", tp, *settings)
+        for name, settings in (("whole", ()), ("parts", ("rollout.stream_parts=3",))):
+            train(name, tp, *PARTS, *settings)
         train("in_flight", tp, *IN_FLIGHT)
         resume("in_flight", "in_flight_resumed", 3, tp, *IN_FLIGHT)
     elif part == "further":
@@ -236,6 +268,15 @@ if __name__ == "__main__":
         resume("chosen_ahead", "chosen_ahead_resumed", 3, *FURTHER, *CHOSEN, sources)
         # Without the archive of what was generated ahead.
         resume("in_flight", "in_flight_lost", 3, *IN_FLIGHT, rollouts=False)
+    elif part == "parts":
+        train("whole", *PARTS)
+        train("one_part", *PARTS, "rollout.stream_parts=1")
+        with timed_parts("parts"):
+            train("parts", *PARTS, "rollout.stream_parts=3")
+        resume("parts", "parts_resumed", 1, *PARTS, "rollout.stream_parts=3")
+        train("shared", *PARTS, "rollout.stream_parts=3", "rollout.schedule=shared")
+        stopped("stopped", ask_generators_to_stop, *PARTS, "rollout.stream_parts=3")
+        train("stopped", *PARTS, "rollout.stream_parts=3")
     elif part == "first":
         with checked_updates("turns"):
             train("turns", *EVALUATION)

@@ -184,6 +184,15 @@ def test_gradients_do_not_depend_on_the_cut(runs: Path) -> None:
     assert all(cut["packs"] >= 2 * cut["before"] for name, cut in found.items() if name.startswith("micro-batches"))
 
 
+def test_gradients_of_parts_add_up_to_those_of_the_iteration(runs: Path) -> None:
+    found = json.loads((runs / "parts.json").read_text())
+    print(found)
+    assert len(found) == 8
+    for name, cut in found.items():
+        assert cut["error"] <= 1e-6 and cut["loss"] <= 1e-6, (name, cut)
+        assert cut["packs"] == cut["before"] == cut["responses"], (name, cut)
+
+
 def test_tokens_of_older_weights_are_measured_apart(runs: Path) -> None:
     """Only one rank has responses with versions: both count them, and no other number changes."""
     stale = json.loads((runs / "stale.json").read_text())

@@ -27,7 +27,8 @@ def curve(run: Path) -> list[dict[str, float]]:
 
 def assert_same_run(ours: Path, theirs: Path, iterations: range) -> None:
     """Compare weights, responses and metrics of two runs, bit for bit."""
-    for name in ("policy", "critic"):
+    models = [path.name for path in sorted((theirs / "checkpoints").glob("step_*"))[-1].iterdir() if path.is_dir()]
+    for name in {"policy", "critic"}.intersection(models):
         one, two = weights(ours, name), weights(theirs, name)
         assert [key for key in two if one[key].tobytes() != two[key].tobytes()] == []
     for iteration in iterations:
@@ -75,6 +76,15 @@ def older(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("older")
     make_tiny_model(out / "model", tied=True, seed=5)
     launch(SCRIPT, out, "further", ranks=2, timeout_s=480)
+    return out
+
+
+@pytest.fixture(scope="module")
+def streamed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the run folders of split.py whose responses come in parts."""
+    out = tmp_path_factory.mktemp("parts")
+    make_tiny_model(out / "model", tied=True, seed=5)
+    launch(SCRIPT, out, "parts", ranks=2, timeout_s=480)
     return out
 
 
@@ -152,6 +162,56 @@ def test_responses_begin_again_where_those_that_were_ahead_are_lost(older: Path)
     assert [versions(older / "in_flight_lost", iteration) for iteration in (3, 4)] == [{3}, {3}]
 
 
+def test_one_part_is_the_run_without_parts(streamed: Path) -> None:
+    assert_same_run(streamed / "one_part", streamed / "whole", range(3))
+    assert curve(streamed / "one_part") == curve(streamed / "whole")
+
+
+def test_parts_learn_what_the_iteration_does(streamed: Path) -> None:
+    assert_same_but_for_rounding(streamed, "parts")
+    # Which engine answers a prompt changes nothing either.
+    assert_same_run(streamed / "shared", streamed / "parts", range(3))
+    assert_same_run(streamed / "parts_resumed", streamed / "parts", range(1, 3))
+    assert curve(streamed / "parts_resumed") == curve(streamed / "parts")[1:]
+
+
+def assert_same_but_for_rounding(out: Path, name: str) -> None:
+    """Compare a run with ``whole``: its first responses bit for bit, what follows from them within 1e-5."""
+    ours, theirs = rollouts(out / name, 0), rollouts(out / "whole", 0)
+    assert ours.keys() == theirs.keys()
+    assert all(np.array_equal(a, b) for key in ours for a, b in zip(ours[key], theirs[key], strict=True))
+    one, two = curve(out / name)[0], curve(out / "whole")[0]
+    assert one.keys() == two.keys()
+    assert one == pytest.approx(two, rel=1e-5, abs=1e-7)
+    one_weights, two_weights = (first_weights(out / run) for run in (name, "whole"))
+    assert all(np.allclose(one_weights[key], two_weights[key], rtol=0, atol=2e-6) for key in two_weights)
+
+
+def first_weights(run: Path) -> dict[str, np.ndarray]:
+    """Return the policy's weights after the first iteration."""
+    tensors: dict[str, np.ndarray] = load_file(run / "checkpoints/step_000001/policy/model.safetensors")
+    return tensors
+
+
+def test_gradients_of_a_part_are_computed_while_others_are_generated(streamed: Path) -> None:
+    learned, generated = (
+        json.loads((streamed / f"parts.{side}.parts.json").read_text()) for side in ("trainers", "generators")
+    )
+    assert [what for what, _ in learned] == ["part", "part", "part", "step"] * 3
+    engine_steps = [moment for _, moment in generated]
+    for iteration in range(3):
+        moments = [moment for _, moment in learned[4 * iteration : 4 * iteration + 4]]
+        # The engine goes on after the first part is learned from, and not after the last.
+        before = learned[4 * iteration - 1][1] if iteration else 0.0
+        steps = [moment for moment in engine_steps if before < moment < moments[3]]
+        assert moments[0] < max(steps) < moments[2]
+
+
+def test_a_signal_between_parts_ends_both_sides(streamed: Path) -> None:
+    assert [(streamed / f"stopped.{side}.txt").read_text() for side in ("trainers", "generators")] == ["75", "75"]
+    assert_same_run(streamed / "stopped", streamed / "parts", range(3))
+
+
 def test_a_rehearsal_measures_both_sides(runs: Path) -> None:
     (stage,) = json.loads((runs / "rehearsed/rehearsal.json").read_text())
     # The same prompts as those of a run's first iteration, where some responses stop by themselves.
@@ -191,6 +251,7 @@ def test_two_ranks_on_either_side(part: str, tmp_path: Path) -> None:
         assert curve(tmp_path / name) == curve(tmp_path / f"{name}_one")
     assert_same_run(tmp_path / "ahead_resumed", tmp_path / "ahead", range(2, 4))
     assert [versions(tmp_path / "ahead", iteration) for iteration in range(4)] == [{0}, {0}, {1}, {2}]
+    assert_same_but_for_rounding(tmp_path, "parts")
     assert any(len(set(response.tolist())) == 2 for response in response_versions(tmp_path / "in_flight"))
     assert_same_run(tmp_path / "in_flight_resumed", tmp_path / "in_flight", range(3, 5))
     assert curve(tmp_path / "in_flight_resumed") == curve(tmp_path / "in_flight")[3:]

@@ -1,0 +1,129 @@
+"""Run one iteration on the ranks that train, with responses of ranks that only generate."""
+
+from __future__ import annotations
+
+from ovr_megatron.ppo.curriculum import max_tokens
+from ovr_megatron.ppo.experience import (
+    Experience,
+    Models,
+    build_local_batch,
+    compute_experience,
+    join_experiences,
+)
+from ovr_megatron.ppo.generators import Generators
+from ovr_megatron.ppo.iteration import Clock, IterationResult, learn, response_metrics
+from ovr_megatron.ppo.parts import EnginePart, cut_into_parts
+from ovr_megatron.ppo.prompts import Prompts, PromptStream
+from ovr_megatron.ppo.rollouts import Rollout
+from ovr_megatron.ppo.sources import source_names
+from ovr_megatron.ppo.update import PolicyStep
+from ovr_megatron.runtime.exchange import gather_objects
+
+
+def iterate_split(
+    models: Models,
+    generators: Generators,
+    prompts: PromptStream,
+    iteration: int,
+    goes_on: bool,
+) -> IterationResult:
+    """Run iteration ``iteration`` (from 0) with responses of the generators.  A collective of the trainers.
+
+    ``timing/generate`` is what the trainers waited for responses.
+
+    Args:
+        models: those of the trainers.
+        generators: the other ranks.
+        prompts: the same on every trainer.
+        iteration: from 0.
+        goes_on: whether the generators may begin to generate ahead before the next call, as they have nothing to
+            evaluate.
+
+    Raises:
+        StopRequested: a signal came while the trainers waited for the responses.
+    """
+    clock = Clock()
+    if models.config.rollout.stream_parts:
+        result = learn_in_parts(models, generators, prompts, iteration, clock)
+    else:
+        with clock("generate"):
+            rollout = generators.collect(prompts, iteration)
+        result = learn(models, rollout, iteration, clock)
+        with clock("generate"):
+            generators.wait(iteration)
+    with clock("sync"):
+        traffic = generators.update(models, iteration + 1)
+        if goes_on:
+            generators.go_on()
+    metrics = result.metrics
+    metrics |= traffic.metrics()
+    # Again: those of `learn` do not have the seconds of these phases yet.
+    metrics |= clock.metrics(result.experience.batch, models.world)
+    metrics["perf/generate_tokens_per_second"] *= metrics["timing/generate"] / metrics["timing/rollout"]
+    return result
+
+
+def learn_in_parts(
+    models: Models, generators: Generators, prompts: PromptStream, iteration: int, clock: Clock
+) -> IterationResult:
+    """Add up the gradients of each part of the responses as it comes, and take one step.  A collective.
+
+    Arguments and errors as of `iterate_split`.
+    """
+    config = models.config
+    rollout = Rollout(Prompts([], models.processor), max_tokens(config.curriculum, iteration))
+    experiences: list[Experience] = []
+    with clock("generate"):
+        generators.begin(iteration, prompts.state())
+        # As the generators draw them, which cannot name them before they are done.
+        prompts.restart(range(prompts.unfinished))
+        rows, rollout.long = prompts.draw_round(config.prompts, 0.0)
+        rollout.prompts.rows += rows
+        step = PolicyStep(models, source_names(rows))
+    part_count = len(cut_into_parts(config.prompts, config.rollout.stream_parts))
+    for index in range(part_count):
+        with clock("generate"):
+            engine_part = generators.take_part()
+        if engine_part is None:
+            for _ in range(index + 1, part_count):
+                generators.take_part()
+            break
+        with clock("value"):
+            experiences.append(_part_experience(models, rollout, engine_part, iteration))
+        with clock("update"):
+            step.add(experiences[-1], is_last=index + 1 == part_count)
+    with clock("generate"):
+        received = generators.finish()
+    if received.saved.train_prompts != rollout.train_prompts:
+        raise RuntimeError(
+            f"iteration {iteration}: the parts have come with the prompts {sorted(rollout.train_prompts)}, and those "
+            f"to train on are {sorted(received.saved.train_prompts)}"
+        )
+    rollout.metrics = received.metrics
+    rollout.mixed = dict(received.saved.mixed)
+    prompts.observe(prompts.round_positions, rollout.mixed)
+    with clock("update"):
+        metrics = step.take()
+    experience = join_experiences(models, rollout, experiences)
+    metrics = {
+        "curriculum/max_tokens": rollout.limit,
+        **response_metrics(rollout),
+        **metrics,
+        **clock.metrics(experience.batch, models.world),
+        **rollout.metrics,
+    }
+    return IterationResult(metrics, rollout, experience, clock.timeline)
+
+
+def _part_experience(models: Models, rollout: Rollout, engine_part: EnginePart, iteration: int) -> Experience:
+    """Add a part to ``rollout``, and compute what the policy learns from it on this rank.  A collective."""
+    part_prompts: dict[int, int] = {}
+    # All trainers divide the prompts of a part among themselves alike.
+    for tokens in gather_objects(engine_part.tokens):
+        part_prompts |= tokens
+    part = Rollout(rollout.prompts, rollout.limit, engine_part.responses, dict(sorted(part_prompts.items())))
+    rollout.responses += part.responses
+    rollout.train_prompts |= part.train_prompts
+    responses, batch = build_local_batch(models, part, models.policy)
+    experience, _ = compute_experience(models, part, responses, batch, iteration)
+    return experience
