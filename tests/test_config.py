@@ -364,6 +364,27 @@ def test_ranks_that_only_generate_need_two_sides_at_work() -> None:
 
 
 @pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rollout.ranks=0", "rollout.stream_parts=4 needs ranks that generate while others train"),
+        ("rollout.max_staleness=1", "with rollout.max_staleness=1: the responses are there before"),
+        ("rollout.oversample=0.5", "with rollout.oversample=0.5: only the end of the round says which prompts"),
+        ("algorithm.estimator=gae", "advantages of algorithm.estimator=gae are normalised over all responses"),
+        ("algorithm.estimator=reinforce_pp", "advantages of algorithm.estimator=reinforce_pp are normalised"),
+        ("algorithm.policy_steps=2", "each of the 2 policy updates of an iteration learns from responses to all"),
+        ("algorithm.policy_epochs=3", "each of the 3 policy updates"),
+        ("algorithm.positive_nll=0.1", "algorithm.positive_nll=0.1 divides by the tokens of all right responses"),
+        ("algorithm.dynamic_sampling=2", "with algorithm.dynamic_sampling=2 only the last round says"),
+        ("offload=true", "with offload=true the gradients of a part would be lost"),
+    ],
+)
+def test_what_cannot_be_learned_from_in_parts(override: str, message: str) -> None:
+    settings = ("rollout={ranks: 1, stream_parts: 4}", "algorithm.estimator=grpo")
+    sentence = complaint(RLConfig, *settings, override)
+    assert message in sentence and "rollout.stream_parts=4" in sentence
+
+
+@pytest.mark.parametrize(
     ("ranks", "max_staleness", "oversample", "rounds_ahead", "continues"),
     [
         (0, 0, 0.0, 0, False),

@@ -178,6 +178,11 @@ class RLConfig:
         return not self.learns_from_archive
 
     @property
+    def learns_in_parts(self) -> bool:
+        """Whether ``rollout.stream_parts`` is possible beside ``rollout.ranks``."""
+        return not _obstacle_to_parts(self)
+
+    @property
     def trains_policy(self) -> bool:
         """Whether the policy learns; with ``only=rollout`` it does in the run that takes the rollouts."""
         return self.only != "critic"
@@ -257,34 +262,37 @@ def _check_critic_alone(config: RLConfig) -> None:
 
 def _check_parts(config: RLConfig) -> None:
     """Raise `ConfigError` if the policy cannot learn from an iteration's responses in parts."""
-    if not config.rollout.stream_parts:
-        return
-    setting = f"rollout.stream_parts={config.rollout.stream_parts}"
+    if config.rollout.stream_parts:
+        obstacle = _obstacle_to_parts(config)
+        require(not obstacle, f"rollout.stream_parts={config.rollout.stream_parts}: {obstacle}")
+
+
+def _obstacle_to_parts(config: RLConfig) -> str:
+    """Return why the policy cannot learn from an iteration's responses in parts, and the remedy; empty if it can."""
     algorithm = config.algorithm
-    require(
-        not algorithm.normalises and not algorithm.has_critic,
-        f"{setting}: advantages of algorithm.estimator={algorithm.estimator} are normalised over all responses of an "
-        "iteration; take grpo, dr_grpo, rloo, opo, maxrl or none, or rollout.stream_parts=0",
-    )
-    require(
-        algorithm.policy_updates == 1,
-        f"{setting}: each of the {algorithm.policy_updates} policy updates of an iteration learns from responses to "
-        "all of its prompts; set algorithm.policy_steps=1 and algorithm.policy_epochs=1, or rollout.stream_parts=0",
-    )
-    require(
-        not algorithm.positive_nll,
-        f"{setting}: algorithm.positive_nll={algorithm.positive_nll:g} divides by the tokens of all right responses of "
-        "an iteration; set one of them to 0",
-    )
-    require(
-        not algorithm.dynamic_sampling,
-        f"{setting}: with algorithm.dynamic_sampling={algorithm.dynamic_sampling} only the last round says which "
-        "prompts an iteration trains on; set one of them to 0",
-    )
-    require(
-        not config.offload,
-        f"{setting} with offload=true: the gradients stay on the device from part to part; set one of them to 0",
-    )
+    if algorithm.normalises or algorithm.has_critic:
+        return (
+            f"advantages of algorithm.estimator={algorithm.estimator} are normalised over all responses of an "
+            "iteration; take grpo, dr_grpo, rloo, opo, maxrl or none, or rollout.stream_parts=0"
+        )
+    if algorithm.policy_updates > 1:
+        return (
+            f"each of the {algorithm.policy_updates} policy updates of an iteration learns from responses to all of "
+            "its prompts; set algorithm.policy_steps=1 and algorithm.policy_epochs=1, or rollout.stream_parts=0"
+        )
+    if algorithm.positive_nll:
+        return (
+            f"algorithm.positive_nll={algorithm.positive_nll:g} divides by the tokens of all right responses of an "
+            "iteration; set one of them to 0"
+        )
+    if algorithm.dynamic_sampling:
+        return (
+            f"with algorithm.dynamic_sampling={algorithm.dynamic_sampling} only the last round says which prompts an "
+            "iteration trains on; set one of them to 0"
+        )
+    if config.offload:
+        return "with offload=true the gradients of a part would be lost before the next one; set one of them to 0"
+    return ""
 
 
 def _check_choice(config: RLConfig) -> None:

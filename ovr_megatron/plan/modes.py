@@ -23,12 +23,14 @@ class Mode:
             beginning anew in a long round; ``generators`` run ahead by so many updates, or oversampled ones by one.
         generators: ``rollout.ranks``, ranks that generate only, while the others train; 0: every rank does both in
             turn.
+        parts: ``rollout.stream_parts``, in which the others train on the responses of a round while it goes on.
     """
 
     schedule: Schedule
     oversample: float = 0.0
     staleness: int = 0
     generators: int = 0
+    parts: int = 0
 
     @property
     def name(self) -> str:
@@ -40,6 +42,8 @@ class Mode:
             parts.append(f"ranks={self.generators}")
         if self.staleness or self.generators:
             parts.append(f"max_staleness={self.staleness}")
+        if self.parts:
+            parts.append(f"stream_parts={self.parts}")
         return ", ".join(parts)
 
     @property

@@ -39,6 +39,7 @@ class RoundResult:
         unfinished: tokens of each response, by prompt and response, that has not ended with the step of the cut, or
             without a cut at all; what an engine generates after that step until it hears of the cut does not count.
         generated: tokens of all engines, those that do not count included.
+        answer_s: by prompt, the second at which it had all responses.
     """
 
     engine_s: list[float]
@@ -46,6 +47,7 @@ class RoundResult:
     answer_steps: dict[int, int]
     unfinished: dict[tuple[int, int], int] = field(default_factory=dict)
     generated: int = 0
+    answer_s: dict[int, float] = field(default_factory=dict)
 
     @property
     def seconds(self) -> float:
@@ -185,6 +187,7 @@ class _Simulation:
             self.outstanding[index] -= 1
             if not self.missing[prompt]:
                 self.round.answer_steps[prompt] = step
+                self.round.answer_s[prompt] = engine.clock
                 insort(self.steps, step)
         engine.fill()
 

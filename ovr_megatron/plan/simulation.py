@@ -21,12 +21,14 @@ from ovr_megatron.plan.memory import cache_bytes_per_token, engine_memory
 from ovr_megatron.plan.modes import Mode, Setup, SimulatedRound, generate
 from ovr_megatron.plan.plan_json import PlannedMode, PlannedRound, PlannedSimulation
 from ovr_megatron.plan.scenario import Scenario, Span
+from ovr_megatron.runtime.balance import cut_into_parts
 
 ITERATIONS = 4  # of ways in which every iteration begins anew
 _STEADY_ITERATIONS = 8  # the same where prompts go over from one iteration to a later one
 _SHOWN_ROUNDS = 3  # of the timeline
 _PROMPT_SHARE = 8  # a prompt takes an eighth of the mean of prompt and response, where none is measured
 _VERDICT_S = 0.0003  # of a worker: docs/algorithms.md, "What an iteration costs"
+_STREAM_PARTS = 8
 OVERSAMPLE = (0.25, 0.5, 1.0)
 STALENESS = (1, 2)
 
@@ -181,6 +183,9 @@ def _modes(config: RLConfig, world: int, options: SimulationOptions) -> list[Mod
             raise ConfigError(
                 f"--ranks {ranks}: must be below the {world} processes and a multiple of rollout.tp={rollout.tp}"
             )
+    stream_parts = rollout.stream_parts
+    if not stream_parts and config.learns_in_parts:
+        stream_parts = _STREAM_PARTS
     modes = [Mode("static"), Mode("shared")]
     modes += [Mode("shared", share) for share in shares]
     # The share in the middle: more of them would double the table.
@@ -188,6 +193,8 @@ def _modes(config: RLConfig, world: int, options: SimulationOptions) -> list[Mod
     modes += [Mode("shared", share, staleness=updates) for updates in staleness if updates]
     for ranks in generators:
         modes += [Mode("shared", staleness=updates, generators=ranks) for updates in (0, 1)]
+        if stream_parts:
+            modes.append(Mode("shared", generators=ranks, parts=stream_parts))
         modes += [Mode("shared", share, staleness=updates, generators=ranks) for updates in staleness if updates > 1]
     return modes
 
@@ -217,7 +224,7 @@ def summarise_mode(setup: Setup, mode: Mode, rounds: Sequence[SimulatedRound]) -
         totals["generate_s"] += generated.round.seconds
         totals["idle_s"] += generated.round.idle_s
         totals["engine_s"] += sum(generated.round.engine_s)
-        totals["train_s"] += entry["train_end_s"] - entry["train_begin_s"]
+        totals["train_s"] += _train_s(setup, mode, generated.tokens) + setup.update_s
         totals["tokens"] += generated.response_tokens
         totals["generated"] += generated.round.generated
         totals["discarded"] += generated.discarded
@@ -261,7 +268,6 @@ def _timeline(setup: Setup, mode: Mode, rounds: Sequence[SimulatedRound]) -> lis
     A round begins when the engines are free and have the weights of the update ``mode.staleness`` before it; without
     ranks that generate only, training takes the place of generation.
     """
-    trainers = setup.world - mode.generators
     entries: list[PlannedRound] = []
     for index, generated in enumerate(rounds):
         begin = 0.0
@@ -274,16 +280,43 @@ def _timeline(setup: Setup, mode: Mode, rounds: Sequence[SimulatedRound]) -> lis
             behind = sum(entry["train_end_s"] > begin for entry in entries)
         graded = begin + generated.graded_s
         train_begin = max(graded, entries[-1]["train_end_s"] if entries else 0.0)
-        train_s = generated.tokens * setup.train_s * setup.world / trainers + setup.update_s
+        train_end = train_begin + _train_s(setup, mode, generated.tokens) + setup.update_s
+        if mode.parts:
+            # Without staleness the trainers wait for the first part.
+            ends = _part_ends(setup, mode, generated)
+            train_begin = begin + ends[0][0]
+            train_end = begin + ends[-1][1] + setup.update_s
         entries.append(
             {
                 "begin_s": begin,
                 "engine_end_s": [begin + seconds for seconds in generated.round.engine_s],
                 "graded_s": graded,
                 "train_begin_s": train_begin,
-                "train_end_s": train_begin + train_s,
+                "train_end_s": train_end,
                 "updates_behind": behind,
                 "long": generated.long,
             }
         )
     return entries
+
+
+def _train_s(setup: Setup, mode: Mode, tokens: int) -> float:
+    """Return the seconds of training on so many tokens of prompts and responses."""
+    return tokens * setup.train_s * setup.world / (setup.world - mode.generators)
+
+
+def _part_ends(setup: Setup, mode: Mode, generated: SimulatedRound) -> list[tuple[float, float]]:
+    """Return when the responses of each part are there and when training on it ends, in seconds of the round."""
+    trained = sorted(generated.trained)
+    tokens = [setup.problem(index).tokens for index in trained]
+    ends: list[tuple[float, float]] = []
+    parts = cut_into_parts(len(trained), mode.parts)
+    there_s = end_s = 0.0
+    for part in parts:
+        # Parts are sent in order, and the last one when the round is graded.
+        there_s = max(there_s, *(generated.round.answer_s[position] for position in part))
+        if part == parts[-1]:
+            there_s = generated.graded_s
+        end_s = max(there_s, end_s) + _train_s(setup, mode, sum(tokens[position] for position in part))
+        ends.append((there_s, end_s))
+    return ends

@@ -7,7 +7,6 @@ and its own ones are graded; a part is complete when all engines have sent their
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ from ovr_megatron.config import RLConfig
 from ovr_megatron.ppo.batch import Response, group_by_prompt
 from ovr_megatron.ppo.grading import RoundGrading
 from ovr_megatron.ppo.prompts import Prompts
+from ovr_megatron.runtime.balance import cut_into_parts
 from ovr_megatron.runtime.split_job import SplitJob
 
 
@@ -29,13 +29,6 @@ class EnginePart:
 
     responses: list[Response]
     tokens: dict[int, int]
-
-
-def cut_into_parts(prompts: int, parts: int) -> list[range]:
-    """Return the indices of the prompts of each part; their numbers differ by one at most, and none is empty."""
-    count = min(prompts, parts)
-    bounds = [prompts * part // count for part in range(count + 1)]
-    return [range(begin, end) for begin, end in itertools.pairwise(bounds)]
 
 
 def engine_peers(config: RLConfig, job: SplitJob) -> dict[int, int]:

@@ -12,11 +12,12 @@ from ovr_megatron.ppo.experience import (
 )
 from ovr_megatron.ppo.generators import Generators
 from ovr_megatron.ppo.iteration import Clock, IterationResult, learn, response_metrics
-from ovr_megatron.ppo.parts import EnginePart, cut_into_parts
+from ovr_megatron.ppo.parts import EnginePart
 from ovr_megatron.ppo.prompts import Prompts, PromptStream
 from ovr_megatron.ppo.rollouts import Rollout
 from ovr_megatron.ppo.sources import source_names
 from ovr_megatron.ppo.update import PolicyStep
+from ovr_megatron.runtime.balance import cut_into_parts
 from ovr_megatron.runtime.exchange import gather_objects
 
 

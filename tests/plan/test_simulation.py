@@ -123,6 +123,7 @@ def literal_round(
             engine.outstanding -= 1
             if not missing[key[0]]:
                 result.answer_steps[key[0]] = engine.step
+                result.answer_s[key[0]] = now
         while schedule == "shared" and not decided and queue and engine.outstanding < max_num_seqs:
             take(engine)
         if not engine.running:
@@ -274,6 +275,25 @@ def test_ranks_that_generate_only_by_hand() -> None:
     # Training is the slower side: 60 s an update, which the engines may be one ahead of.
     slow = summarise_mode(setup([], 1, train_s=60 / 2 / 30), Mode("shared", staleness=1, generators=1), rounds)
     assert slow["iteration_s"] == pytest.approx(60)
+
+
+def test_parts_that_are_trained_on_while_others_are_generated_by_hand() -> None:
+    """Responses that end after 5, 10, 20 and 40 s, one at a time, and 0.5 s of training for each of their tokens."""
+    problems = [(5,), (5,), (10,), (20,)]
+    work = Setup(2, 1, DecodeRates(step_s=1), 1, 1, 4, ListedLengths(problems * 3), train_s=0.25, update_s=2)
+    rounds = list(generate(work, Mode("static", generators=1), 3))
+    assert rounds[0].round.answer_s == {0: 5, 1: 10, 2: 20, 3: 40}
+    whole = summarise_mode(work, Mode("static", generators=1), rounds)
+    assert whole["iteration_s"] == pytest.approx(40 + 20 + 2)
+    # The last part has two prompts with 30 tokens; the first one is trained on before.
+    two = summarise_mode(work, Mode("static", generators=1, parts=2), rounds)
+    assert two["iteration_s"] == pytest.approx(40 + 15 + 2)
+    four = summarise_mode(work, Mode("static", generators=1, parts=4), rounds)
+    assert four["iteration_s"] == pytest.approx(40 + 10 + 2)
+    assert four["gpu_idle"] == pytest.approx(1 - (40 + 20 + 2) / (2 * 52))
+    # Training is the slower side: it begins at 5 s, and nothing of it waits but for the update.
+    slow = Setup(2, 1, DecodeRates(step_s=1), 1, 1, 4, ListedLengths(problems * 3), train_s=5, update_s=2)
+    assert summarise_mode(slow, Mode("static", generators=1, parts=4), rounds)["iteration_s"] == pytest.approx(407)
 
 
 def test_responses_that_continue_on_ranks_that_generate_only() -> None:

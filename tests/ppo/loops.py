@@ -37,7 +37,6 @@ from ovr_megatron.ppo.experience import (
 from ovr_megatron.ppo.iteration import rollout_staleness
 from ovr_megatron.ppo.losses import LOSSES
 from ovr_megatron.ppo.objectives import PolicyObjective, ValueObjective
-from ovr_megatron.ppo.parts import cut_into_parts
 from ovr_megatron.ppo.prompts import PromptStream
 from ovr_megatron.ppo.update import PolicyStep, critic_packs, policy_packs, update_policy
 from ovr_megatron.rl import training as rl
@@ -46,6 +45,7 @@ from ovr_megatron.rl.setup import build_models
 from ovr_megatron.rollout.engine import RolloutEngine
 from ovr_megatron.rollout.sampling import Prompt
 from ovr_megatron.runtime import distributed
+from ovr_megatron.runtime.balance import cut_into_parts
 from tests.model.matrix import WHOLE
 from tests.ppo.off_policy import largest_difference_on_ranks
 from tests.ppo.questions import questions_source

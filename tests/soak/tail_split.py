@@ -44,6 +44,7 @@ FITTED_SEED, MEASURED_SEED = 11, 12
 MODES = (
     Mode("static", generators=1),
     Mode("static", staleness=1, generators=1),
+    Mode("static", generators=1, parts=3),
     Mode("static", oversample=0.5, staleness=2, generators=1),
 )
 
@@ -107,7 +108,12 @@ def run(world: World, config: RLConfig, mode: Mode, seed: int, name: str, side: 
     assert world.job is not None
     side.clear()
     rollout = replace(
-        config.rollout, ranks=1, schedule=mode.schedule, oversample=mode.oversample, max_staleness=mode.staleness
+        config.rollout,
+        ranks=1,
+        schedule=mode.schedule,
+        oversample=mode.oversample,
+        max_staleness=mode.staleness,
+        stream_parts=mode.parts,
     )
     run_folder = str(folder / name)
     config = replace(config, rollout=rollout, run=replace(config.run, seed=seed, dir=run_folder))
@@ -180,6 +186,9 @@ def run_rank(iterations: int, prompts: int) -> None:
         make_tiny_model(folder / "model", tied=True, seed=1)
     world.job.broadcast(None, 0)
     config = make_config(folder, prompts)
+    # Without a critic: its values would have training wait for all responses.
+    algorithm = replace(config.algorithm, estimator="grpo", critic_warmup_iterations=0)
+    config = replace(config, algorithm=algorithm)
     rollout = replace(config.rollout, max_num_seqs=ENGINE_SEQS)
     settings = replace(config.run, save_every=10_000, peak_tflops=1.0)
     config = replace(config, rollout=rollout, run=settings, iterations=iterations)
@@ -192,7 +201,7 @@ def run_rank(iterations: int, prompts: int) -> None:
         record = run(world, config, mode, MEASURED_SEED, f"measured{k}", side, folder)
         if world.job.rank == 0:
             iteration_s, idle = measured_row(record)
-            rates = fitted[min(mode.staleness, 1)]
+            rates = fitted[1 if mode.staleness or mode.parts else 0]
             simulated_s, simulated_idle = simulated_row(config, mode, rates, record["tokens"])
             row = {"name": mode.name, "seconds": iteration_s, "simulated_s": simulated_s}
             row |= {"idle_share": idle, "simulated_idle": simulated_idle, **asdict(rates)}
