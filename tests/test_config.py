@@ -375,12 +375,13 @@ def test_ranks_that_only_generate_need_two_sides_at_work() -> None:
         ("algorithm.policy_epochs=3", "each of the 3 policy updates"),
         ("algorithm.positive_nll=0.1", "algorithm.positive_nll=0.1 divides by the tokens of all right responses"),
         ("algorithm.dynamic_sampling=2", "with algorithm.dynamic_sampling=2 only the last round says"),
-        ("offload=true", "with offload=true the gradients of a part would be lost"),
+        ("offload=true algorithm.teacher=T", "with offload=true reference and teacher take the place"),
+        ("offload=true algorithm.kl_coefficient=0.1", "with offload=true reference and teacher take the place"),
     ],
 )
 def test_what_cannot_be_learned_from_in_parts(override: str, message: str) -> None:
     settings = ("rollout={ranks: 1, stream_parts: 4}", "algorithm.estimator=grpo")
-    sentence = complaint(RLConfig, *settings, override)
+    sentence = complaint(RLConfig, *settings, *override.split())
     assert message in sentence and "rollout.stream_parts=4" in sentence
 
 

@@ -290,8 +290,11 @@ def _obstacle_to_parts(config: RLConfig) -> str:
             f"with algorithm.dynamic_sampling={algorithm.dynamic_sampling} only the last round says which prompts an "
             "iteration trains on; set one of them to 0"
         )
-    if config.offload:
-        return "with offload=true the gradients of a part would be lost before the next one; set one of them to 0"
+    if config.offload and (config.has_reference or algorithm.teacher):
+        return (
+            "with offload=true reference and teacher take the place of the policy's gradients, which stay from part to "
+            "part; set offload=false, or rollout.stream_parts=0"
+        )
     return ""
 
 

@@ -39,7 +39,7 @@ class RoundResult:
         unfinished: tokens of each response, by prompt and response, that has not ended with the step of the cut, or
             without a cut at all; what an engine generates after that step until it hears of the cut does not count.
         generated: tokens of all engines, those that do not count included.
-        answer_s: by prompt, the second at which it had all responses.
+        answers: of each engine, its prompts in the order in which they had all responses, and the second of each.
     """
 
     engine_s: list[float]
@@ -47,7 +47,7 @@ class RoundResult:
     answer_steps: dict[int, int]
     unfinished: dict[tuple[int, int], int] = field(default_factory=dict)
     generated: int = 0
-    answer_s: dict[int, float] = field(default_factory=dict)
+    answers: list[list[tuple[int, float]]] = field(default_factory=list)
 
     @property
     def seconds(self) -> float:
@@ -104,6 +104,7 @@ class _Simulation:
         self.max_num_seqs = max_num_seqs
         self.cut = cut
         self.round = RoundResult([], [[] for _ in engines], dict.fromkeys(cut.answered if cut else (), 0))
+        self.round.answers = [[] for _ in engines]
         self.steps = sorted(self.round.answer_steps.values())
         self.missing = [len(group) for group in groups]  # responses of each prompt that have not ended
         self.outstanding = [0] * len(engines)  # responses that an engine has not finished
@@ -187,7 +188,7 @@ class _Simulation:
             self.outstanding[index] -= 1
             if not self.missing[prompt]:
                 self.round.answer_steps[prompt] = step
-                self.round.answer_s[prompt] = engine.clock
+                self.round.answers[index].append((prompt, engine.clock))
                 insort(self.steps, step)
         engine.fill()
 

@@ -21,7 +21,6 @@ from ovr_megatron.plan.memory import cache_bytes_per_token, engine_memory
 from ovr_megatron.plan.modes import Mode, Setup, SimulatedRound, generate
 from ovr_megatron.plan.plan_json import PlannedMode, PlannedRound, PlannedSimulation
 from ovr_megatron.plan.scenario import Scenario, Span
-from ovr_megatron.runtime.balance import cut_into_parts
 
 ITERATIONS = 4  # of ways in which every iteration begins anew
 _STEADY_ITERATIONS = 8  # the same where prompts go over from one iteration to a later one
@@ -306,17 +305,33 @@ def _train_s(setup: Setup, mode: Mode, tokens: int) -> float:
 
 
 def _part_ends(setup: Setup, mode: Mode, generated: SimulatedRound) -> list[tuple[float, float]]:
-    """Return when the responses of each part are there and when training on it ends, in seconds of the round."""
-    trained = sorted(generated.trained)
-    tokens = [setup.problem(index).tokens for index in trained]
+    """Return when the responses of each part are there and when training on it ends, in seconds of the round.
+
+    As `ovr_megatron.ppo.parts`: an engine sends its prompts in the order of its answers, the last part when all is
+    graded.
+    """
+    positions = sorted(generated.trained)
+    answers = generated.round.answers
+    prompts_of_part = -(-len(positions) // (len(answers) * mode.parts))
+    sent: list[list[tuple[float, list[int]]]] = []  # of each engine, its parts: when, and which prompts
+    for engine_answers in answers:
+        messages = []
+        cuts = range(prompts_of_part, len(engine_answers), prompts_of_part)
+        for end in cuts:
+            _, moment = engine_answers[end - 1]
+            messages.append((moment, [prompt for prompt, _ in engine_answers[end - prompts_of_part : end]]))
+        rest = engine_answers[cuts[-1] if cuts else 0 :]
+        messages.append((generated.graded_s, [prompt for prompt, _ in rest]))
+        sent.append(messages)
     ends: list[tuple[float, float]] = []
-    parts = cut_into_parts(len(trained), mode.parts)
     there_s = end_s = 0.0
-    for part in parts:
-        # Parts are sent in order, and the last one when the round is graded.
-        there_s = max(there_s, *(generated.round.answer_s[position] for position in part))
-        if part == parts[-1]:
-            there_s = generated.graded_s
-        end_s = max(there_s, end_s) + _train_s(setup, mode, sum(tokens[position] for position in part))
+    for number in range(max(map(len, sent))):
+        tokens = 0
+        for messages in sent:
+            if number < len(messages):
+                moment, prompts = messages[number]
+                there_s = max(there_s, moment)
+                tokens += sum(setup.problem(positions[prompt]).tokens for prompt in prompts)
+        end_s = max(there_s, end_s) + _train_s(setup, mode, tokens)
         ends.append((there_s, end_s))
     return ends

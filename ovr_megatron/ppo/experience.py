@@ -323,25 +323,35 @@ def _build_batch(config: RLConfig, rollout: Rollout, responses: Sequence[Respons
 
 
 def join_experiences(models: Models, rollout: Rollout, parts: Sequence[Experience]) -> Experience:
-    """Return what this rank's policy has learned from in all ``parts`` of ``rollout``, in their order."""
-    responses = [response for part in parts for response in part.responses]
-    samples = [sample for part in parts for sample in part.batch.samples]
+    """Return what this rank's policy has learned from in all ``parts`` of ``rollout``, by prompt."""
+    places = []
+    for number, part in enumerate(parts):
+        for position, response in enumerate(part.responses):
+            places.append((_key(response), number, position))
+    places.sort()
+    order = [(number, position) for _, number, position in places]
+    responses = [parts[number].responses[position] for number, position in order]
+    samples = [parts[number].batch.samples[position] for number, position in order]
+
+    def join(arrays: Sequence[Ragged | None]) -> Ragged | None:
+        """Return the arrays of all responses; None where there are none."""
+        joined = []
+        for number, position in order:
+            part_arrays = arrays[number]
+            if part_arrays is None:
+                return None
+            joined.append(part_arrays[position])
+        return joined
+
     return Experience(
         responses,
         _build_batch(models.config, rollout, responses, samples),
-        [advantages for part in parts for advantages in part.advantages],
-        old=_join([part.old for part in parts]),
-        reference=_join([part.reference for part in parts]),
-        teacher=_join([part.teacher for part in parts]),
+        [parts[number].advantages[position] for number, position in order],
+        old=join([part.old for part in parts]),
+        reference=join([part.reference for part in parts]),
+        teacher=join([part.teacher for part in parts]),
         sources=response_sources(rollout.prompts.rows, responses),
     )
-
-
-def _join(parts: Sequence[Ragged | None]) -> Ragged | None:
-    """Return the arrays of all parts; None where the parts have none."""
-    if any(part is None for part in parts):
-        return None
-    return [array for part in parts if part is not None for array in part]
 
 
 def exchange_responses(rollout: Rollout, dp_rank: int, dp_size: int) -> list[Response]:

@@ -104,6 +104,7 @@ class Generators:
         self._stop = stop
         self._last = last
         self._running: Generate | None = None
+        self._sending: set[int] = set()  # engines whose parts this trainer takes, without those that are done
         rollout = config.rollout
         self._reshard = Reshard(None, int(rollout.bucket_mib * 2**20), rollout.check_updates, job.group)
 
@@ -197,27 +198,30 @@ class Generators:
 
         ``stream`` is the position of the prompt stream before the iteration.
         """
+        peers = engine_peers(self._config, self._job)
+        self._sending = {engine for engine, trainer in peers.items() if trainer == self._job.rank}
         self._generate(iteration, stream)
 
-    def take_part(self) -> EnginePart | None:
-        """Return what this trainer gets of the next part, in order; None where a signal has ended generation.
+    def take_part(self) -> EnginePart:
+        """Return what this trainer gets of the next part, the same as to its end on all of them.
 
-        Every part must be taken before `finish`, also after None.
+        Parts must be taken up to the last one, also where a signal has ended generation before.
         """
         responses: list[Response] = []
         tokens: dict[int, int] = {}
-        stopped = False
-        for engine, trainer in engine_peers(self._config, self._job).items():
-            if trainer != self._job.rank:
-                continue
-            engine_part: EnginePart | None = self._job.take(engine, self._stop)
-            if engine_part is None:
-                stopped = True
-            else:
-                responses += engine_part.responses
-                tokens |= engine_part.tokens
-        # The trainers agree: another one's engine may have ended earlier.
-        return None if any(gather_objects(stopped)) else EnginePart(responses, tokens)
+        cancelled = False
+        for engine in sorted(self._sending):
+            engine_part: EnginePart = self._job.take(engine, self._stop)
+            responses += engine_part.responses
+            tokens |= engine_part.tokens
+            cancelled |= engine_part.is_cancelled
+            if engine_part.is_last:
+                self._sending.remove(engine)
+        # The trainers agree: the engines of another one may have sent more parts.
+        ends = gather_objects((not self._sending, cancelled))
+        is_last = all(end for end, _ in ends)
+        is_cancelled = any(cancelled for _, cancelled in ends)
+        return EnginePart(responses, tokens, is_last, is_cancelled)
 
     def finish(self) -> ReceivedRollout:
         """Return what there is to know of the iteration whose parts were taken, without its responses.

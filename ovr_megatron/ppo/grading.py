@@ -25,6 +25,7 @@ class RoundGrading:
 
     Attributes:
         responses: by prompt and sample; those whose verdict is missing have none yet.
+        answered: the prompts, in the order in which the engine has answered them.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class RoundGrading:
         counters: RolloutCounters,
     ) -> None:
         self.responses: dict[tuple[int, int], Response] = {}
+        self.answered: list[int] = []
         self._grader = grader
         self._processor = processor
         self._config = config
@@ -60,6 +62,7 @@ class RoundGrading:
             )
             self._submit(response)
             self.responses[prompt, k] = response
+        self.answered.append(prompt)
         token_count = sum(map(len, group))
         self._counters.add(len(group), token_count)
 
@@ -85,14 +88,15 @@ class RoundGrading:
                     rewarded=False,
                 )
 
+    def group(self, prompt: int) -> list[Response]:
+        """Return the responses to a prompt that was answered or given up."""
+        return [self.responses[prompt, sample] for sample in range(self._config.responses)]
+
     def is_graded(self, prompt: int) -> bool:
-        """Return whether the prompt is answered and no verdict on its responses is missing."""
-        for sample in range(self._config.responses):
-            response = self.responses.get((prompt, sample))
-            if response is None:
-                return False
+        """Return whether no verdict on the responses to an answered prompt is missing."""
+        for response in self.group(prompt):
             # Those that did not stop by themselves are graded by nobody.
-            if response.stopped and (prompt, sample) not in self._verdicts:
+            if response.stopped and (prompt, response.sample) not in self._verdicts:
                 return False
         return True
 

@@ -1,20 +1,19 @@
-"""Send the responses of an iteration to the ranks that train in parts, each as soon as it is complete.
+"""Send the responses of an iteration to the ranks that train in parts, while others are generated.
 
-The prompts of an iteration are cut into ``rollout.stream_parts`` parts by index, so that no clock decides which
-responses a part has.  An engine sends what it has of a part when every prompt of the part has been given to an engine
-and its own ones are graded; a part is complete when all engines have sent theirs.
+An engine sends its prompts in the order in which it has answered them, so many at a time, as soon as they are graded.
+Part k of the iteration is what the k-th messages of all engines have.  With ``rollout.schedule=static`` an engine's
+order is a function of token counts, so that no clock decides which responses a part has.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ovr_megatron.config import RLConfig
 from ovr_megatron.ppo.batch import Response, group_by_prompt
 from ovr_megatron.ppo.grading import RoundGrading
 from ovr_megatron.ppo.prompts import Prompts
-from ovr_megatron.runtime.balance import cut_into_parts
 from ovr_megatron.runtime.split_job import SplitJob
 
 
@@ -23,12 +22,16 @@ class EnginePart:
     """What one engine has of a part.
 
     Attributes:
-        responses: to the prompts that it was given.
+        responses: to the prompts of the part.
         tokens: of each prompt whose responses all have a reward, with all its responses, the prompt counted with each.
+        is_last: whether the engine sends no further part of the iteration.
+        is_cancelled: whether a signal has ended generation; the other fields then say nothing.
     """
 
     responses: list[Response]
     tokens: dict[int, int]
+    is_last: bool = False
+    is_cancelled: bool = False
 
 
 def engine_peers(config: RLConfig, job: SplitJob) -> dict[int, int]:
@@ -51,7 +54,7 @@ def count_tokens(responses: Iterable[Response], prompts: Prompts) -> dict[int, i
 
 
 class PartSender:
-    """Sends the parts of one iteration for this rank's engine, in order.
+    """Sends the parts of one iteration for this rank's engine.
 
     Args:
         config: of the job.
@@ -59,50 +62,45 @@ class PartSender:
     """
 
     def __init__(self, config: RLConfig, job: SplitJob) -> None:
+        peers = engine_peers(config, job)
         self._job = job
-        self._parts = cut_into_parts(config.prompts, config.rollout.stream_parts)
+        # Those of an equal share; an engine that takes more from the shared queue sends more parts.
+        self._prompts_of_part = -(-config.prompts // (len(peers) * config.rollout.stream_parts))
+        self._begun = 0  # prompts that the engine was given
         self._sent = 0
-        self._begun: set[int] = set()
         # The other ranks of an engine send nothing: they have the same responses.
-        self._trainer = engine_peers(config, job).get(job.rank)
+        self._trainer = peers.get(job.rank)
 
-    def begin(self, prompt: int) -> None:
-        """Note that this engine was given ``prompt``."""
-        self._begun.add(prompt)
+    def begin(self, count: int) -> None:
+        """Note that the engine was given ``count`` prompts."""
+        self._begun += count
 
-    def send_complete(self, grading: RoundGrading, prompts: Prompts, has_given: Callable[[int], bool]) -> None:
-        """Send the next parts of which this engine has all that it will have; return at once.
-
-        Args:
-            grading: of the round.
-            prompts: of the iteration.
-            has_given: says whether no engine will be given a prompt before this index any more.
-        """
-        while self._sent < len(self._parts):
-            part = self._parts[self._sent]
-            own_prompts = [prompt for prompt in self._begun if prompt in part]
-            # The queue last: it is asked over the network.
-            if not all(map(grading.is_graded, own_prompts)) or not has_given(part.stop):
+    def send_graded(self, grading: RoundGrading, prompts: Prompts) -> None:
+        """Send the next parts whose prompts are answered and graded, if the engine has more; return at once."""
+        # Without a further prompt it is the last part, which must say so.
+        while self._begun > self._sent + self._prompts_of_part:
+            part = grading.answered[self._sent : self._sent + self._prompts_of_part]
+            if len(part) < self._prompts_of_part or not all(map(grading.is_graded, part)):
                 return
-            self._send(grading, prompts)
+            self._send(part, grading, prompts, is_last=False)
 
     def finish(self, grading: RoundGrading, prompts: Prompts) -> None:
-        """Send the other parts when all prompts are graded or given up."""
-        while self._sent < len(self._parts):
-            self._send(grading, prompts)
+        """Send the last part, when all prompts are graded or given up."""
+        given_up = {prompt for prompt, _ in grading.responses}.difference(grading.answered)
+        part = [*grading.answered[self._sent :], *sorted(given_up)]
+        self._send(part, grading, prompts, is_last=True)
 
     def cancel(self) -> None:
-        """Tell the trainers that the other parts will not come, as a signal has ended the round."""
-        while self._sent < len(self._parts):
-            self._post(None)
+        """Tell the trainers that no further part will come, as a signal has ended generation."""
+        self._post(EnginePart([], {}, is_last=True, is_cancelled=True))
 
-    def _send(self, grading: RoundGrading, prompts: Prompts) -> None:
-        part = self._parts[self._sent]
-        keys = sorted(key for key in grading.responses if key[0] in part)
-        responses = [grading.responses[key] for key in keys]
-        self._post(EnginePart(responses, count_tokens(responses, prompts)))
+    def _send(self, part: Sequence[int], grading: RoundGrading, prompts: Prompts, is_last: bool) -> None:
+        self._sent += len(part)
+        responses = []
+        for prompt in part:
+            responses += grading.group(prompt)
+        self._post(EnginePart(responses, count_tokens(responses, prompts), is_last))
 
-    def _post(self, engine_part: EnginePart | None) -> None:
-        self._sent += 1
+    def _post(self, engine_part: EnginePart) -> None:
         if self._trainer is not None:
             self._job.post(engine_part, self._trainer)

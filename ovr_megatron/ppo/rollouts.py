@@ -313,9 +313,10 @@ class Rollouts:
 
         def take_requests(unfinished: int) -> list[tuple[int, Prompt]]:
             requests = []
-            for prompt, template in self._engine_prompts(queue.take(unfinished), rollout, iteration):
-                if self.parts:
-                    self.parts.begin(prompt)
+            taken = queue.take(unfinished)
+            if self.parts:
+                self.parts.begin(len(taken))
+            for prompt, template in self._engine_prompts(taken, rollout, iteration):
                 prompt_tokens = len(rollout.prompts.sample(prompt))
                 requests += parts.requests(prompt, template, rollout.limit, prompt_tokens)
             return requests
@@ -329,7 +330,7 @@ class Rollouts:
 
             def send_parts() -> None:
                 if self.parts and self.leads:
-                    self.parts.send_complete(grading, rollout.prompts, queue.has_given)
+                    self.parts.send_graded(grading, rollout.prompts)
 
             def between_steps() -> None:
                 show()

@@ -127,12 +127,6 @@ class PromptQueue:
                 unfinished += self._responses
         return prompts
 
-    def has_given(self, index: int) -> bool:
-        """Return whether no engine will be given a prompt of the queue before ``index`` any more."""
-        if self._is_empty or not self._shared or index <= self._shared[0]:
-            return True
-        return self._shared[0] + self._store.add("next", 0) >= index
-
     def _may_take(self, unfinished: int) -> bool:
         """Return whether the engine's share has a prompt left, or need not be kept to."""
         if not self._all_have_asked and (not self._has_asked or self._taken >= self._share):

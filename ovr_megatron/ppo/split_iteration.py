@@ -17,7 +17,6 @@ from ovr_megatron.ppo.prompts import Prompts, PromptStream
 from ovr_megatron.ppo.rollouts import Rollout
 from ovr_megatron.ppo.sources import source_names
 from ovr_megatron.ppo.update import PolicyStep
-from ovr_megatron.runtime.balance import cut_into_parts
 from ovr_megatron.runtime.exchange import gather_objects
 
 
@@ -81,20 +80,22 @@ def learn_in_parts(
         rows, rollout.long = prompts.draw_round(config.prompts, 0.0)
         rollout.prompts.rows += rows
         step = PolicyStep(models, source_names(rows))
-    part_count = len(cut_into_parts(config.prompts, config.rollout.stream_parts))
-    for index in range(part_count):
+    is_last = False
+    while not is_last:
         with clock("generate"):
             engine_part = generators.take_part()
-        if engine_part is None:
-            for _ in range(index + 1, part_count):
-                generators.take_part()
-            break
+        is_last = engine_part.is_last
+        if engine_part.is_cancelled:
+            continue  # the other parts, too, are only taken
         with clock("value"):
             experiences.append(_part_experience(models, rollout, engine_part, iteration))
         with clock("update"):
-            step.add(experiences[-1], is_last=index + 1 == part_count)
+            step.add(experiences[-1], is_last)
     with clock("generate"):
         received = generators.finish()
+    # By prompt again: parts come in the order of the answers.
+    rollout.responses.sort(key=lambda response: (response.prompt, response.sample))
+    rollout.train_prompts = dict(sorted(rollout.train_prompts.items()))
     if received.saved.train_prompts != rollout.train_prompts:
         raise RuntimeError(
             f"iteration {iteration}: the parts have come with the prompts {sorted(rollout.train_prompts)}, and those "

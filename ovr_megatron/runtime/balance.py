@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from itertools import pairwise
 
 import numpy as np
 
@@ -50,10 +49,3 @@ def balance(
         if len(shares[index]) < capacity:
             heapq.heappush(heap, (load + costs[item], index))
     return shares
-
-
-def cut_into_parts(count: int, parts: int) -> list[range]:
-    """Return the indices of each part of ``count`` things; their numbers differ by one at most, and none is empty."""
-    parts = min(count, parts)
-    bounds = [count * part // parts for part in range(parts + 1)]
-    return [range(begin, end) for begin, end in pairwise(bounds)]

@@ -274,7 +274,7 @@ if __name__ == "__main__":
         with timed_parts("parts"):
             train("parts", *PARTS, "rollout.stream_parts=3")
         resume("parts", "parts_resumed", 1, *PARTS, "rollout.stream_parts=3")
-        train("shared", *PARTS, "rollout.stream_parts=3", "rollout.schedule=shared")
+        train("shared", *PARTS, "rollout.stream_parts=3", "rollout.schedule=shared", "offload=true")
         stopped("stopped", ask_generators_to_stop, *PARTS, "rollout.stream_parts=3")
         train("stopped", *PARTS, "rollout.stream_parts=3")
     elif part == "first":

@@ -169,8 +169,7 @@ def test_one_part_is_the_run_without_parts(streamed: Path) -> None:
 
 def test_parts_learn_what_the_iteration_does(streamed: Path) -> None:
     assert_same_but_for_rounding(streamed, "parts")
-    # Which engine answers a prompt changes nothing either.
-    assert_same_run(streamed / "shared", streamed / "parts", range(3))
+    assert_same_but_for_rounding(streamed, "shared")
     assert_same_run(streamed / "parts_resumed", streamed / "parts", range(1, 3))
     assert curve(streamed / "parts_resumed") == curve(streamed / "parts")[1:]
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ovr_megatron.runtime.balance import balance, cut_into_parts
+from ovr_megatron.runtime.balance import balance
 
 
 @given(st.integers(1, 9), st.integers(0, 12), st.integers(0, 99))
@@ -44,11 +44,3 @@ def test_each_item_goes_to_the_first_bin_of_the_least_cost_that_is_not_full(cost
 )
 def test_by_hand(costs, bins, options, shares):
     assert balance(costs, bins, **options) == shares
-
-
-@pytest.mark.parametrize(("count", "parts"), [(1, 1), (4, 3), (6, 3), (7, 16), (128, 5)])
-def test_parts_have_every_index_once_in_order(count: int, parts: int) -> None:
-    cut = cut_into_parts(count, parts)
-    assert [index for part in cut for index in part] == list(range(count))
-    assert len(cut) == min(count, parts)
-    assert max(map(len, cut)) - min(map(len, cut)) <= 1
