@@ -21,6 +21,7 @@ from ovr_megatron.ppo.unfinished import UnfinishedResponses
 from ovr_megatron.rl import training as rl
 from ovr_megatron.rollout.engine import RolloutEngine
 from ovr_megatron.rollout.reshard import Reshard
+from ovr_megatron.runtime.split_job import SplitJob
 from tests.checkpoint.forked_runs import STEPS, Run, at, moment, wrap
 
 OVERSAMPLED = "rollout.oversample=0.5"
@@ -61,6 +62,17 @@ MODES = {
     "turns": Mode("rl", TRAINER, ("rollout.ranks=1",), GENERATOR),
     "ahead": Mode("rl", ("value", "ahead", *TRAINER), ("rollout.ranks=1", "rollout.max_staleness=1"), GENERATOR),
     "further": Mode("rl", ("value", "ahead", *TRAINER), ("rollout.ranks=1", "rollout.max_staleness=2"), GENERATOR),
+    "parts": Mode(
+        "rl",
+        ("part", "update", "send", "part", *TRAINER[4:]),
+        (
+            "rollout.ranks=1",
+            "rollout.stream_parts=2",
+            "algorithm.estimator=grpo",
+            "algorithm.critic_warmup_iterations=0",
+        ),
+        ("post", *GENERATOR),
+    ),
     "in_flight": Mode(
         "rl",
         ("value", "stored_file", "ahead", "stored_update", *TRAINER),
@@ -123,6 +135,10 @@ def kill(rank: int, kind: str, victim: int, step: int, number: int, delay_s: flo
         case "receive" | "deliver" if rank == victim:
             owner = generators if kind == "receive" else generator_commands
             at(owner, "exchange", step, 1, die)
+        case "part" if rank == victim:  # the gradients of another part are there
+            at(Engine, "reduce_gradients", step, 1, die)
+        case "post" if rank == victim:
+            at(SplitJob, "post", step, 1 + number % 2, die)
         case "value" if rank == victim:
             at(Engine, "scores", step, 1, die)
         case "update" | "stored_update" if rank == victim:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,7 @@ from ovr_megatron.ppo.iteration import rollout_staleness
 from ovr_megatron.ppo.losses import LOSSES
 from ovr_megatron.ppo.objectives import PolicyObjective, ValueObjective
 from ovr_megatron.ppo.prompts import PromptStream
+from ovr_megatron.ppo.reductions import token_weights
 from ovr_megatron.ppo.update import PolicyStep, critic_packs, policy_packs, update_policy
 from ovr_megatron.rl import training as rl
 from ovr_megatron.rl.generation import generate
@@ -206,39 +208,38 @@ def policy_gradients(*more: str) -> dict[str, dict[str, Tensor]]:
 
 
 def part_gradients(reduction: str, *more: str) -> dict[str, float]:
-    """Compare those of three parts of iteration 0, one after the other, with those of the entire iteration."""
-    # Every response is longer than half of a pack and has its own: parts then have the packs of the iteration.
-    settings = ("algorithm.estimator=grpo", f"algorithm.reduction={reduction}", "data.pack_tokens=80")
-    chosen = config("ppo", *settings, "data.max_prompt_tokens=64", *more)
+    """Compare those of three parts of iteration 0, one after the other, with those of one pass over the same packs."""
+    chosen = config("ppo", "algorithm.estimator=grpo", f"algorithm.reduction={reduction}", *more)
     models, experience, _ = saved_experience(chosen)
     policy = models.policy
-    objective = PolicyObjective(chosen.algorithm, policy.groups.cp)
-    packs = policy_packs(models, experience, {}, 0)
-    means = policy.backward(packs, objective)
-    whole = {name: gradient.clone() for name, gradient in policy.gradients()}
-    vars(policy)["step"] = lambda: {"grad_norm": 0.0}
-    step = PolicyStep(models, ())
-    pack_count = 0
-    parts = ({2}, {0, 3}, {1})  # a part in which a rank has no responses
-    for part in parts:
+    batch = experience.batch
+    parts = []
+    pack_members = []
+    for part in ({2}, {0, 3}, {1}):  # in two of them a rank has no responses
         members = [i for i, response in enumerate(experience.responses) if response.prompt in part]
-        batch = experience.batch
-        part_batch = Batch(
-            [batch.samples[i] for i in members],
-            [batch.lengths[i] for i in members],
-            chosen.data.pack_tokens,
-            range(len(members)),
-            len(members),
+        samples, lengths = [batch.samples[i] for i in members], [batch.lengths[i] for i in members]
+        part_batch = Batch(samples, lengths, batch.pack_tokens, range(len(members)), len(members))
+        responses, advantages = (
+            [values[i] for i in members] for values in (experience.responses, experience.advantages)
         )
-        pack_count += len(part_batch.group_into_packs(range(len(members)))) if members else 0
-        advantages = [experience.advantages[i] for i in members]
-        responses = [experience.responses[i] for i in members]
-        step.add(Experience(responses, part_batch, advantages), is_last=part == parts[-1])
+        parts.append(Experience(responses, part_batch, advantages))
+        for pack in part_batch.group_into_packs(range(len(members))):
+            if pack:
+                pack_members.append([members[i] for i in pack])
+    sum_over_ranks = partial(sum_over_dp, layout=policy.layout)
+    weights = token_weights(reduction, batch.lengths, pack_members, chosen.reduction_tokens, sum_over_ranks)
+    logprobs = [response.logprobs for response in experience.responses]
+    arrays = {"advantages": experience.advantages, "rollout_logprobs": logprobs, "weights": weights}
+    means = policy.backward(batch.packs(pack_members, **arrays), PolicyObjective(chosen.algorithm, policy.groups.cp))
+    whole = {name: gradient.clone() for name, gradient in policy.gradients()}
+    vars(policy)["step"] = lambda: {"grad_norm": 0.0}  # it would clip them
+    step = PolicyStep(models, ())
+    for part_experience in parts:
+        step.add(part_experience, is_last=part_experience is parts[-1])
     metrics = step.take()
-    ours = dict(policy.gradients())
-    loss = abs(metrics["policy/loss"] - means["loss"])
-    found = differences(ours | {"packs": pack_count}, whole | {"packs": len(packs)})
-    return found | {"loss": loss, "responses": len(experience.responses)}
+    found = differences(dict(policy.gradients()) | {"packs": 0}, whole | {"packs": 0})
+    size = sum(float(gradient.double().square().sum()) for gradient in whole.values()) ** 0.5
+    return {"error": found["error"], "size": size, "loss": abs(metrics["policy/loss"] - means["loss"])}
 
 
 def differences(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, float]:

@@ -189,8 +189,7 @@ def test_gradients_of_parts_add_up_to_those_of_the_iteration(runs: Path) -> None
     print(found)
     assert len(found) == 8
     for name, cut in found.items():
-        assert cut["error"] <= 1e-6 and cut["loss"] <= 1e-6, (name, cut)
-        assert cut["packs"] == cut["before"] == cut["responses"], (name, cut)
+        assert cut["error"] <= 1e-6 and cut["loss"] <= 1e-6 and cut["size"] > 1e-6, (name, cut)
 
 
 def test_tokens_of_older_weights_are_measured_apart(runs: Path) -> None:

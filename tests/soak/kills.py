@@ -3,8 +3,8 @@
 Each run is killed, goes on, and must end with the files, the manifest, the curve and the archived responses of the
 undisturbed one.  Modes are those of ``tests/checkpoint/kills.py``: the two stages (``sft``, ``rl``), rounds with
 tail batching and a long round (``tail``), responses that go on under new weights (``partial``), ranks that only
-generate in turn with the others (``turns``), one iteration ahead (``ahead``) or two (``further``), and one ahead with
-responses that go on under new weights (``in_flight``).
+generate in turn with the others (``turns``), one iteration ahead (``ahead``) or two (``further``), one ahead with
+responses that go on under new weights (``in_flight``), and in turn with responses that come in parts (``parts``).
 """
 
 import argparse
@@ -19,7 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 CLOCKS = ("timing/", "perf/", "memory/")
-MODES = ("sft", "rl", "tail", "partial", "turns", "ahead", "further", "in_flight")
+MODES = ("sft", "rl", "tail", "partial", "turns", "ahead", "further", "in_flight", "parts")
 
 
 def result(run: Path) -> tuple[Any, ...]:
