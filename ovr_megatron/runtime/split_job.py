@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import datetime
 import pickle
+import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -28,7 +29,6 @@ Item = TypeVar("Item")
 
 _REPORT_S = 1.0  # between two reports of a rank: the store is one process for all ranks
 _PAUSE_S = 0.002
-_POST_PAUSE_S = 0.02  # each look is a message to the store
 _STORE_PAUSE_S = 0.1  # the same of a rank that waits
 _REQUEUE = 1 << 24  # a rank that is asked to stop adds 1 to the counter, and this where it is to be started again
 
@@ -64,9 +64,7 @@ class SplitJob:
         self._next_report = 0.0
         self._published = Stop.NO
         self._runs = 0  # of this process, one after the other; both sides count alike
-        self._posts: list[tuple[dist.Work, Tensor]] = []  # under way, with their bytes
-        self._posted: Counter[int] = Counter()  # by peer; both sides number what travels between them
-        self._taken: Counter[int] = Counter()
+        self._posts: list[tuple[dist.Work, Tensor]] = []  # under way, with what they send
 
     @property
     def generators(self) -> int:
@@ -128,26 +126,37 @@ class SplitJob:
     def post(self, item: Any, peer: int) -> None:
         """Send an object to a rank of the other side, which must `take` it before both sides meet; return at once."""
         payload = torch.frombuffer(bytearray(pickle.dumps(item)), dtype=torch.uint8)
-        work = dist.isend(payload, group=self.messages, group_dst=peer)
-        assert work is not None
-        self._posts.append((work, payload))
-        # After the message is under way: a rank that waits for this key then takes the message without delay.
-        self._store.set(f"post/{self.rank}-{peer}/{self._posted[peer]}", str(len(payload)))
-        self._posted[peer] += 1
+        # The length goes first: a receiver must allocate its buffer before the message comes.
+        for message in (torch.tensor([len(payload)]), payload):
+            work = dist.isend(message, group=self.messages, group_dst=peer)
+            assert work is not None
+            self._posts.append((work, message))
 
     def take(self, peer: int, request: StopRequest) -> Any:
         """Wait for the next object that a rank of the other side has posted to this one, and return it.
 
         Arguments and errors as of `meet`.
         """
-        key = f"post/{peer}-{self.rank}/{self._taken[peer]}"
-        self._taken[peer] += 1
-        self._wait(lambda: self._store.check([key]), _POST_PAUSE_S, request)
-        # Allocated for the length that the key has: a receiver must know it before the message comes.
-        payload = torch.empty(int(self._store.get(key)), dtype=torch.uint8)
-        self._store.delete_key(key)
-        dist.recv(payload, group=self.messages, group_src=peer)
-        return pickle.loads(payload.numpy().tobytes())
+        received: Future[bytes] = Future()
+        # In a thread: unlike a barrier, a receive of gloo can be waited for and not polled.
+        threading.Thread(target=self._receive, args=(peer, received), daemon=True).start()
+        try:
+            self._wait(received.done, request)
+            return pickle.loads(received.result())  # raises where the rank has died
+        except SideError:
+            raise
+        except RuntimeError as error:
+            self._raise_ended(error)
+
+    def _receive(self, peer: int, received: Future[bytes]) -> None:
+        try:
+            length = torch.zeros(1, dtype=torch.int64)
+            dist.recv(length, group=self.messages, group_src=peer)
+            payload = torch.empty(int(length), dtype=torch.uint8)
+            dist.recv(payload, group=self.messages, group_src=peer)
+            received.set_result(payload.numpy().tobytes())
+        except RuntimeError as error:
+            received.set_exception(error)
 
     def meet(self, request: StopRequest) -> None:
         """Wait for every rank of both sides, for as long as any of them makes progress.  A collective of all ranks.
@@ -163,7 +172,7 @@ class SplitJob:
             barrier = dist.barrier(self.messages, async_op=True)
             assert barrier is not None
             # Polled, as a wait inside the collective would neither see the other side work nor let signals through.
-            self._wait(barrier.is_completed, _PAUSE_S, request)
+            self._wait(barrier.is_completed, request)
             barrier.wait()  # raises where a rank has died
             for work, _ in self._posts:  # all are taken, or the other side would not have met this one
                 work.wait()
@@ -173,7 +182,7 @@ class SplitJob:
         except RuntimeError as error:
             self._raise_ended(error)
 
-    def _wait(self, is_done: Callable[[], bool], pause_s: float, request: StopRequest) -> None:
+    def _wait(self, is_done: Callable[[], bool], request: StopRequest) -> None:
         """Poll ``is_done`` for as long as any rank makes progress; arguments and errors as of `meet`."""
         last_steps = -1
         next_look = 0.0
@@ -187,7 +196,7 @@ class SplitJob:
                 if steps != last_steps:
                     watchdog.defer()
                 last_steps = steps
-            time.sleep(pause_s)
+            time.sleep(_PAUSE_S)
 
     @contextmanager
     def reporting(self, request: StopRequest) -> Iterator[None]:

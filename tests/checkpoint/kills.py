@@ -24,6 +24,7 @@ from ovr_megatron.rollout.reshard import Reshard
 from ovr_megatron.runtime.split_job import SplitJob
 from tests.checkpoint.forked_runs import STEPS, Run, at, moment, wrap
 
+NO_WARMUP = "algorithm.critic_warmup_iterations=0"
 OVERSAMPLED = "rollout.oversample=0.5"
 
 
@@ -64,13 +65,8 @@ MODES = {
     "further": Mode("rl", ("value", "ahead", *TRAINER), ("rollout.ranks=1", "rollout.max_staleness=2"), GENERATOR),
     "parts": Mode(
         "rl",
-        ("part", "update", "send", "part", *TRAINER[4:]),
-        (
-            "rollout.ranks=1",
-            "rollout.stream_parts=2",
-            "algorithm.estimator=grpo",
-            "algorithm.critic_warmup_iterations=0",
-        ),
+        ("part", "step", "send", "part", *TRAINER[4:]),
+        ("rollout.ranks=1", "rollout.stream_parts=2", "algorithm.estimator=grpo", NO_WARMUP),
         ("post", *GENERATOR),
     ),
     "in_flight": Mode(
