@@ -7,7 +7,7 @@
 `methods`, the default, compares PPO, GRPO and RLOO, with the settings of their rows in docs/algorithms.md.  `rounds`
 compares rounds of PPO that wait for every response with tail batching and with partial rollouts at staleness 1.
 `critic` compares PPO whose critic starts from the policy's weights with PPO whose values were pretrained on rollouts
-of the cold start.
+of the cold start, each with the paper's advantages and with those of `algorithm.lam_policy=0.95`.
 
 Every seed has its own base model and cold start, from which all variants set out with as many responses an
 iteration.  What is there already is not done again, so the command can be stopped and given again.
@@ -49,8 +49,10 @@ CRITIC = {
     "fresh critic": (*WITH_CRITIC, "algorithm.critic_warmup_iterations=0"),
     "pretrained critic": (*WITH_CRITIC, "algorithm.critic_warmup_iterations=0", "critic.path={values}"),
 }
+# Advantages that trust the values, as in VC-PPO (arXiv 2503.01491).
+CRITIC |= {f"{name}, lam_policy 0.95": (*settings, "algorithm.lam_policy=0.95") for name, settings in CRITIC.items()}
 STORED_ITERATIONS = 96  # of one policy, on whose responses the values are pretrained
-COLOURS = ("#d9652b", "#3a7cbd", "#1d7a46")
+COLOURS = ("#d9652b", "#3a7cbd", "#1d7a46", "#7d55a8")
 WINDOW = 5  # iterations of the moving average
 
 
@@ -128,7 +130,7 @@ def main() -> None:
         values = pretrain_values(folder, start, seed) if args.compare == "critic" else None
         for name, variant in settings.items():
             variant = [setting.replace("{values}", str(values)) for setting in variant]
-            run = folder / name.lower().replace(" ", "_")
+            run = folder / name.lower().replace(" ", "_").replace(",", "")
             common = (start, f"run.seed={seed}", f"iterations={args.iterations}", "run.keep_last=1")
             launch("rl", "tiny_rl", run, args.iterations, *common, *variant)
             runs[name].append(run)
