@@ -51,14 +51,14 @@ class EngineRound:
         self,
         complete: Sequence[int],
         take: Callable[[int], list[tuple[int, Prompt]]],
-        between_steps: Callable[[], None],
+        show: Callable[[], None],
     ) -> dict[int, str]:
         """Answer all prompts, or until the round ends.
 
         Args:
             complete: indices of prompts to which earlier rounds have finished all responses.
             take: returns requests of `RoundResponses` for the number of responses the engine works on.
-            between_steps: called between two steps.
+            show: called between two steps.
 
         Returns:
             By prompt the problem of those that the engine gave up; nothing on a rank that does not lead.
@@ -71,16 +71,16 @@ class EngineRound:
             if prompt is not None:
                 self._answer(prompt)
 
-        def should_stop() -> bool:
+        def between_steps() -> bool:
             if self._leads:
                 self._grading.take_verdicts(False)
-            between_steps()
+            show()
             stops = self._barrier.engine_step(self._engine.agree)
             return stops or (self._cut is not None and self._cut.engine_step(self._engine.agree))
 
         keeps_unfinished = self._keeps_unfinished and self._leads
         interrupt = self._responses.interrupt if keeps_unfinished else None
-        failed = self._engine.answer(take, on_result, should_stop, interrupt)
+        failed = self._engine.answer(take, on_result, between_steps, interrupt)
         if not self._leads:
             return {}
         # Of a prompt with several requests the first problem.
@@ -93,12 +93,10 @@ class EngineRound:
         if self._leads:
             self._grading.submit(prompt, self._responses.group(prompt), self._iteration)
 
-    def wait(self, timeline: Timeline, after_verdicts: Callable[[], None]) -> None:
+    def wait(self, timeline: Timeline) -> None:
         """Wait for the other engines of a round that has an end, then for this engine's verdicts.  A collective.
 
-        Args:
-            timeline: gets the ends of both.
-            after_verdicts: called after verdicts have come.
+        ``timeline`` gets the ends of both.
         """
         if self._cut:
             self._cut.wait(self._barrier, lambda: self._grading.take_verdicts(False), self._leads)
@@ -107,7 +105,6 @@ class EngineRound:
         while self._leads and self._grading.pending and not self._barrier.stop_asked():
             before = self._grading.pending
             self._grading.take_verdicts(True)
-            after_verdicts()
             if self._grading.pending < before:  # it also returns after a second without a verdict
                 self._barrier.step()
         timeline.end("grade")

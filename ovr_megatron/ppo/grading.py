@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,10 @@ class RoundGrading:
     Attributes:
         responses: by prompt and sample; those whose verdict is missing have none yet.
         answered: the prompts, in the order in which the engine has answered them.
+        after_verdicts: called when verdicts may have come.
     """
+
+    after_verdicts: Callable[[], None] | None = None
 
     def __init__(
         self,
@@ -109,6 +112,8 @@ class RoundGrading:
         """Write the verdicts that are there into their responses; ``wait`` for at least one."""
         for key, verdict in self._grader.collect(wait):
             self._write(key, verdict)
+        if self.after_verdicts:
+            self.after_verdicts()
 
     def _write(self, key: Any, verdict: Verdict) -> None:
         response = self.responses[key]

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import NamedTuple
 
 from ovr_megatron.config import RLConfig, Sampling
@@ -107,13 +108,13 @@ class Rollouts:
         endless: makes every response as long as the limit allows, as a rehearsal needs it.
         stop: ends generation when a signal comes, on any rank; None generates to the end.
         version: the iteration whose weights the engine has; None: that of the round.
-        parts: sends the responses of an iteration in parts as they come; None: all are in the `Rollout` alone.
+        part_sender: sends the responses of an iteration in parts as they come; None: the `Rollout` alone has them.
     """
 
     endless = False
     stop: StopRequest | None = None
     version: int | None = None
-    parts: PartSender | None = None
+    part_sender: PartSender | None = None
 
     def __init__(
         self,
@@ -298,14 +299,13 @@ class Rollouts:
         began = time.perf_counter()
         counters = RolloutCounters(f"counters/{name}")
         grading = RoundGrading(self.grader, self.processor, config, rollout.prompts.rows, counters)
+        if self.part_sender:
+            grading.after_verdicts = partial(self.part_sender.send_graded, grading, rollout.prompts)
         parts = RoundResponses(config.responses, self._version_of(iteration), work.groups)
         barrier = WorkBarrier(name, self.stop)
         needed = min(len(indices), config.prompts)
         continues = rollout.restarted is not None
-        cut = None
-        if needed < len(indices):
-            token_counts = self.engine.token_counts if continues and self.leads else None
-            cut = RoundCut(name, needed, self.replica, self.replicas, token_counts)
+        cut = self._cut(name, needed, continues) if needed < len(indices) else None
         engine_round = EngineRound(self.engine, parts, grading, cut, barrier, iteration, self.leads, continues)
         started_responses = config.responses + config.rollout.extra_responses
         slots = config.rollout.max_num_seqs
@@ -314,8 +314,8 @@ class Rollouts:
         def take_requests(unfinished: int) -> list[tuple[int, Prompt]]:
             requests = []
             taken = queue.take(unfinished)
-            if self.parts:
-                self.parts.begin(len(taken))
+            if self.part_sender:
+                self.part_sender.begin(len(taken))
             for prompt, template in self._engine_prompts(taken, rollout, iteration):
                 prompt_tokens = len(rollout.prompts.sample(prompt))
                 requests += parts.requests(prompt, template, rollout.limit, prompt_tokens)
@@ -328,24 +328,16 @@ class Rollouts:
                 if self.world.is_main:
                     counters.show(bar, at_once)
 
-            def send_parts() -> None:
-                if self.parts and self.leads:
-                    self.parts.send_graded(grading, rollout.prompts)
-
-            def between_steps() -> None:
-                show()
-                send_parts()
-
-            problems = engine_round.run(work.complete, take_requests, between_steps)
+            problems = engine_round.run(work.complete, take_requests, show)
             generate_s = rollout.timeline.end("engine")
-            engine_round.wait(rollout.timeline, send_parts)
+            engine_round.wait(rollout.timeline)
             show(at_once=True)
         # Not in the gathers below: a rank may wait here longer than the time-out of an ordinary collective.
         barrier.wait()
         rollout.timeline.end("wait")
         grading.add_failed(list(problems.items()), config.responses)
-        if self.parts:
-            self.parts.finish(grading, rollout.prompts)
+        if self.part_sender:
+            self.part_sender.finish(grading, rollout.prompts)
         if cut:
             self._leave_out(rollout, cut.postponed(indices, list(problems), self.leads), cut, parts)
         left_out = set(rollout.postponed + rollout.unfinished)
@@ -354,6 +346,11 @@ class Rollouts:
         self._record_judges(rollout)
         self._record_idle_time(rollout, RankTimes(generate_s, time.perf_counter() - began, len(problems)))
         return grading.responses_without(left_out)
+
+    def _cut(self, name: str, needed: int, continues: bool) -> RoundCut:
+        """Return what ends a round when ``needed`` prompts are answered, and counts tokens where it ``continues`` some."""
+        token_counts = self.engine.token_counts if continues and self.leads else None
+        return RoundCut(name, needed, self.replica, self.replicas, token_counts)
 
     def _version_of(self, iteration: int) -> int:
         """Return the iteration whose weights the engine has in the round of ``iteration``."""

@@ -99,20 +99,20 @@ class _Server:
         # The caches of earlier prompts are lost in a restart: without them responses are the same afterwards.
         self._engine.drop_caches()
         _go_to(self._prompts, command)
-        parts = None
+        part_sender = None
         if self._config.rollout.stream_parts:
-            parts = PartSender(self._config, self._job)
-        self._rollouts.parts = parts
+            part_sender = PartSender(self._config, self._job)
+        self._rollouts.part_sender = part_sender
         try:
             rollout = self._rollouts.collect(self._prompts, command.iteration, command.limit)
         except StopRequested:
-            if parts:
-                parts.cancel()
+            if part_sender:
+                part_sender.cancel()
             delivery = Delivery(stopped=self._level())
             deliver(self._job, delivery, [], {}, self._stop)
             return
         # Those that have been sent in parts are there.
-        responses = rollout.responses if self._rollouts.leads and not parts else []
+        responses = rollout.responses if self._rollouts.leads and not part_sender else []
         rollout.metrics["memory/rollout_peak_gib"] = peak_gib()
         delivery = _delivery(rollout, self._prompts.state(), time.perf_counter() - began)
         deliver(self._job, delivery, responses, self._rollouts.unfinished.groups, self._stop)
