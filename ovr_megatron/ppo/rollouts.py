@@ -348,7 +348,7 @@ class Rollouts:
         return grading.responses_without(left_out)
 
     def _cut(self, name: str, needed: int, continues: bool) -> RoundCut:
-        """Return what ends a round when ``needed`` prompts are answered, and counts tokens where it ``continues`` some."""
+        """Return what ends a round when ``needed`` prompts are answered; with ``continues`` it also counts tokens."""
         token_counts = self.engine.token_counts if continues and self.leads else None
         return RoundCut(name, needed, self.replica, self.replicas, token_counts)
 
