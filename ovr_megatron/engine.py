@@ -70,7 +70,7 @@ class LossSum:
 
 @dataclass
 class _StepSums:
-    """What the packs of a step leave for its end.
+    """Row counts and metric sums of a step, collected over its packs.
 
     Attributes:
         counts: rows of each pack; empty on all pipeline stages but the last, as ``sums``.
@@ -430,7 +430,7 @@ class Engine:
                     model.start_param_sync(force_sync=True)
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the gradients of the last `backward` as full tensors under Hugging Face names.  A collective."""
+        """Yield the gradients of `reduce_gradients` as full tensors under Hugging Face names.  A collective."""
         return self.live.whole(self.trained_rows, "gradient", torch.float32)
 
     def optimizer_state(self, which: str) -> Iterator[tuple[str, Tensor]]:
@@ -615,7 +615,7 @@ class Engine:
     def add_gradients(self, packs: Sequence[Pack], loss: Loss) -> None:
         """Add the gradients of ``packs``, which are not the last ones of the step, to those of this rank.
 
-        No rank waits for other data-parallel ranks, which may have other numbers of packs and come at other times.
+        No rank waits for other data-parallel ranks, which may have other numbers of packs.
         """
         with self._without_reduction():
             self._run(packs, self._forward_step(loss), training=True)
@@ -638,7 +638,7 @@ class Engine:
             model.scale_gradients(factor)
 
     def _forward_step(self, loss: Loss) -> ForwardStep:
-        """Return what Megatron's schedule calls for each pack; what ``loss`` returns stays until the step ends."""
+        """Return the forward step for Megatron's schedule, which collects the sums of ``loss`` until the step ends."""
         step_sums = self._step_sums
 
         def forward_step(
@@ -739,7 +739,7 @@ class Engine:
         return means
 
     def step(self) -> dict[str, float]:
-        """Take an optimizer step on the gradients of the last `backward`; return its rate and the gradient's norm.
+        """Take an optimizer step on the gradients of `reduce_gradients`; return its rate and the gradient's norm.
 
         A step with gradients that are not finite, or over ``optimizer.skip_above``, is skipped on every rank.
 

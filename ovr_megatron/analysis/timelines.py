@@ -116,12 +116,9 @@ def _mode_bars(mode: PlannedMode) -> dict[str, list[Bar]]:
             bars["engine"].append((begin, ends[index] - origin - begin, position, 0.9))
         graded = planned["graded_s"] - origin
         bars["grade"].append((last_end, graded - last_end, 0, height))
-        train_begin = planned["train_begin_s"] - origin
-        train = planned["train_end_s"] - planned["train_begin_s"]
-        if mode["generators"]:
-            # As high as there are trainers for each generator, so that areas are GPU hours.
-            trainers = height * (mode["world"] / mode["generators"] - 1)
-            bars["update"].append((train_begin, train, height + 1, trainers))
-        else:
-            bars["update"].append((train_begin, train, 0, height))
+        # As high as there are trainers for each generator, so that areas are GPU hours.
+        trainers = height * (mode["world"] / mode["generators"] - 1) if mode["generators"] else height
+        bottom = height + 1 if mode["generators"] else 0
+        for train_begin, train_end in planned["train_s"]:
+            bars["update"].append((train_begin - origin, train_end - train_begin, bottom, trainers))
     return bars

@@ -97,8 +97,9 @@ class PlannedEngine(TypedDict):
 class PlannedRound(TypedDict):
     """A round of a simulated timeline, in seconds from its begin.
 
-    ``engine_end_s`` has the end of each engine, ``updates_behind`` the updates that its weights lack of those before
-    the one that trains on it; ``long`` says that its prompts are postponed ones.
+    ``engine_end_s`` has the end of each engine, ``train_s`` begin and end of the training on each part of its
+    responses, the last with what follows it, ``updates_behind`` the updates that its weights lack of those before the
+    one that trains on it; ``long`` says that its prompts are postponed ones.
     """
 
     begin_s: float
@@ -106,6 +107,7 @@ class PlannedRound(TypedDict):
     graded_s: float
     train_begin_s: float
     train_end_s: float
+    train_s: list[tuple[float, float]]
     updates_behind: int
     long: bool
 
@@ -124,6 +126,7 @@ class PlannedMode(TypedDict):
     oversample: float
     staleness: int
     generators: int
+    parts: int
     world: int
     engines: int
     iterations: int

@@ -239,6 +239,7 @@ def summarise_mode(setup: Setup, mode: Mode, rounds: Sequence[SimulatedRound]) -
         "oversample": mode.oversample,
         "staleness": mode.staleness,
         "generators": mode.generators,
+        "parts": mode.parts,
         "world": setup.world,
         "engines": len(rounds[0].round.engine_s),
         "iterations": count,
@@ -279,19 +280,19 @@ def _timeline(setup: Setup, mode: Mode, rounds: Sequence[SimulatedRound]) -> lis
             behind = sum(entry["train_end_s"] > begin for entry in entries)
         graded = begin + generated.graded_s
         train_begin = max(graded, entries[-1]["train_end_s"] if entries else 0.0)
-        train_end = train_begin + _train_s(setup, mode, generated.tokens) + setup.update_s
+        spans = [(train_begin, train_begin + _train_s(setup, mode, generated.tokens))]
         if mode.parts:
             # Without staleness the trainers wait for the first part.
-            ends = _part_ends(setup, mode, generated)
-            train_begin = begin + ends[0][0]
-            train_end = begin + ends[-1][1] + setup.update_s
+            spans = [(begin + first, begin + last) for first, last in _part_spans(setup, mode, generated)]
+        spans[-1] = (spans[-1][0], spans[-1][1] + setup.update_s)
         entries.append(
             {
                 "begin_s": begin,
                 "engine_end_s": [begin + seconds for seconds in generated.round.engine_s],
                 "graded_s": graded,
-                "train_begin_s": train_begin,
-                "train_end_s": train_end,
+                "train_begin_s": spans[0][0],
+                "train_end_s": spans[-1][1],
+                "train_s": spans,
                 "updates_behind": behind,
                 "long": generated.long,
             }
@@ -304,34 +305,25 @@ def _train_s(setup: Setup, mode: Mode, tokens: int) -> float:
     return tokens * setup.train_s * setup.world / (setup.world - mode.generators)
 
 
-def _part_ends(setup: Setup, mode: Mode, generated: SimulatedRound) -> list[tuple[float, float]]:
-    """Return when the responses of each part are there and when training on it ends, in seconds of the round.
+def _part_spans(setup: Setup, mode: Mode, generated: SimulatedRound) -> list[tuple[float, float]]:
+    """Return begin and end of the training on each part, in seconds of the round.
 
-    As `ovr_megatron.ppo.parts`: an engine sends its prompts in the order of its answers, the last part when all is
-    graded.
+    As `ovr_megatron.ppo.parts`: an engine sends its prompts in the order of its answers; part k is what the k-th
+    messages of all engines have.
     """
     positions = sorted(generated.trained)
     answers = generated.round.answers
     prompts_of_part = -(-len(positions) // (len(answers) * mode.parts))
-    sent: list[list[tuple[float, list[int]]]] = []  # of each engine, its parts: when, and which prompts
-    for engine_answers in answers:
-        messages = []
-        cuts = range(prompts_of_part, len(engine_answers), prompts_of_part)
-        for end in cuts:
-            _, moment = engine_answers[end - 1]
-            messages.append((moment, [prompt for prompt, _ in engine_answers[end - prompts_of_part : end]]))
-        rest = engine_answers[cuts[-1] if cuts else 0 :]
-        messages.append((generated.graded_s, [prompt for prompt, _ in rest]))
-        sent.append(messages)
-    ends: list[tuple[float, float]] = []
-    there_s = end_s = 0.0
-    for number in range(max(map(len, sent))):
+    spans: list[tuple[float, float]] = []
+    arrival_s = end_s = 0.0
+    for first in range(0, max(map(len, answers)), prompts_of_part):
         tokens = 0
-        for messages in sent:
-            if number < len(messages):
-                moment, prompts = messages[number]
-                there_s = max(there_s, moment)
-                tokens += sum(setup.problem(positions[prompt]).tokens for prompt in prompts)
-        end_s = max(there_s, end_s) + _train_s(setup, mode, tokens)
-        ends.append((there_s, end_s))
-    return ends
+        for engine_answers in answers:
+            part = engine_answers[first : first + prompts_of_part]
+            for prompt, answer_s in part:
+                arrival_s = max(arrival_s, answer_s)
+                tokens += setup.problem(positions[prompt]).tokens
+        begin_s = max(arrival_s, end_s)
+        end_s = begin_s + _train_s(setup, mode, tokens)
+        spans.append((begin_s, end_s))
+    return spans

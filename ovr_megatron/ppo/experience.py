@@ -324,34 +324,31 @@ def _build_batch(config: RLConfig, rollout: Rollout, responses: Sequence[Respons
 
 def join_experiences(models: Models, rollout: Rollout, parts: Sequence[Experience]) -> Experience:
     """Return what this rank's policy has learned from in all ``parts`` of ``rollout``, by prompt."""
-    places = []
-    for number, part in enumerate(parts):
+    keyed_responses = []
+    for part_index, part in enumerate(parts):
         for position, response in enumerate(part.responses):
-            places.append((_key(response), number, position))
-    places.sort()
-    order = [(number, position) for _, number, position in places]
-    responses = [parts[number].responses[position] for number, position in order]
-    samples = [parts[number].batch.samples[position] for number, position in order]
-
-    def join(arrays: Sequence[Ragged | None]) -> Ragged | None:
-        """Return the arrays of all responses; None where there are none."""
-        joined = []
-        for number, position in order:
-            part_arrays = arrays[number]
-            if part_arrays is None:
-                return None
-            joined.append(part_arrays[position])
-        return joined
-
+            keyed_responses.append((_key(response), part_index, position))
+    keyed_responses.sort()
+    order = [(part_index, position) for _, part_index, position in keyed_responses]
+    responses = [parts[part_index].responses[position] for part_index, position in order]
+    samples = [parts[part_index].batch.samples[position] for part_index, position in order]
     return Experience(
         responses,
         _build_batch(models.config, rollout, responses, samples),
-        [parts[number].advantages[position] for number, position in order],
-        old=join([part.old for part in parts]),
-        reference=join([part.reference for part in parts]),
-        teacher=join([part.teacher for part in parts]),
+        [parts[part_index].advantages[position] for part_index, position in order],
+        old=_join([part.old for part in parts], order),
+        reference=_join([part.reference for part in parts], order),
+        teacher=_join([part.teacher for part in parts], order),
         sources=response_sources(rollout.prompts.rows, responses),
     )
+
+
+def _join(parts: Sequence[Ragged | None], order: Sequence[tuple[int, int]]) -> Ragged | None:
+    """Return the arrays of all parts in ``order``, by part and position; None where the parts have none."""
+    present = [part for part in parts if part is not None]
+    if len(present) < len(parts):
+        return None
+    return [present[part_index][position] for part_index, position in order]
 
 
 def exchange_responses(rollout: Rollout, dp_rank: int, dp_size: int) -> list[Response]:

@@ -1,7 +1,8 @@
 """Have the ranks of `rollout.ranks` generate, as the ranks that train see them: commands, weights and responses.
 
 The trainers' first rank gives commands, which `ovr_megatron.rl.serving` carries out on the generators.  Both sides meet
-for every command and every reply.  With ``rollout.max_staleness=0`` the two take turns:
+for every command and every reply, but for the parts of an iteration (`ovr_megatron.ppo.parts`).  With
+``rollout.max_staleness=0`` the two take turns:
 
     update v0, generate 0, [learn 0], update v1, generate 1, [learn 1], update v2, ...
 
@@ -51,7 +52,7 @@ from ovr_megatron.ppo.prompts import PromptState, PromptStream
 from ovr_megatron.ppo.rollouts import Rollout
 from ovr_megatron.ppo.unfinished import UnfinishedGroup, UnfinishedResponses
 from ovr_megatron.rollout.reshard import Reshard, Traffic
-from ovr_megatron.runtime.distributed import World
+from ovr_megatron.runtime.distributed import World, patient_group
 from ovr_megatron.runtime.exchange import call_on_all, exchange, gather_objects
 from ovr_megatron.runtime.logs import get_logger
 from ovr_megatron.runtime.split_job import SplitJob
@@ -66,7 +67,7 @@ class ReceivedRollout:
 
     Attributes:
         iteration: that trains on them.
-        saved: has those of this rank.
+        saved: has those of this rank, but for responses that came in parts.
         metrics: of their generation.
         stream: position of the prompt stream after their iteration.
         groups: responses that their round left unfinished, by index in the queue; this rank's part of a copy.
@@ -194,7 +195,7 @@ class Generators:
         return rollout
 
     def begin(self, iteration: int, stream: PromptState) -> None:
-        """Begin an iteration whose responses come in parts: `take_part` for each of them, then `finish`.
+        """Begin an iteration whose responses come in parts: `receive_part` up to the last one, then `finish`.
 
         ``stream`` is the position of the prompt stream before the iteration.
         """
@@ -202,29 +203,32 @@ class Generators:
         self._sending = {engine for engine, trainer in peers.items() if trainer == self._job.rank}
         self._generate(iteration, stream)
 
-    def take_part(self) -> EnginePart:
-        """Return what this trainer gets of the next part, the same as to its end on all of them.
+    def receive_part(self) -> EnginePart:
+        """Return this trainer's responses of the next part; ``is_last`` and ``is_cancelled`` agree on all trainers.
 
-        Parts must be taken up to the last one, also where a signal has ended generation before.
+        Parts must be received up to the last one, also those after a cancelled one.
         """
         responses: list[Response] = []
         tokens: dict[int, int] = {}
-        cancelled = False
+        is_cancelled = False
         for engine in sorted(self._sending):
-            engine_part: EnginePart = self._job.take(engine, self._stop)
+            engine_part: EnginePart = self._job.receive(engine, self._stop)
             responses += engine_part.responses
             tokens |= engine_part.tokens
-            cancelled |= engine_part.is_cancelled
+            is_cancelled |= engine_part.is_cancelled
             if engine_part.is_last:
                 self._sending.remove(engine)
-        # The trainers agree: the engines of another one may have sent more parts.
-        ends = gather_objects((not self._sending, cancelled))
+        # A request to stop that came here: the engines end as soon as they see it, and what they have sent is dropped.
+        is_cancelled |= self._stop.received > Stop.NO
+        # Not in the gather below: it has a time-out, and an engine of another trainer may take longer.
+        self._job.meet(self._stop, patient_group())
+        ends = gather_objects((not self._sending, is_cancelled))
         is_last = all(end for end, _ in ends)
         is_cancelled = any(cancelled for _, cancelled in ends)
         return EnginePart(responses, tokens, is_last, is_cancelled)
 
     def finish(self) -> ReceivedRollout:
-        """Return what there is to know of the iteration whose parts were taken, without its responses.
+        """Return metrics, stream position and trained prompts of the iteration, whose responses came in parts.
 
         Raises:
             StopRequested: generation was stopped by a signal.

@@ -19,7 +19,7 @@ from ovr_megatron.runtime.split_job import SplitJob
 
 @dataclass(frozen=True)
 class EnginePart:
-    """What one engine has of a part.
+    """One engine's share of a part.
 
     Attributes:
         responses: to the prompts of the part.
@@ -64,10 +64,11 @@ class PartSender:
     def __init__(self, config: RLConfig, job: SplitJob) -> None:
         peers = engine_peers(config, job)
         self._job = job
-        # Those of an equal share; an engine that takes more from the shared queue sends more parts.
+        # Of an equal share of the prompts; an engine that takes more from the shared queue sends more parts.
         self._prompts_of_part = -(-config.prompts // (len(peers) * config.rollout.stream_parts))
         self._begun = 0  # prompts that the engine was given
         self._sent = 0
+        self._is_finished = False
         # The other ranks of an engine send nothing: they have the same responses.
         self._trainer = peers.get(job.rank)
 
@@ -91,7 +92,9 @@ class PartSender:
         self._send(part, grading, prompts, is_last=True)
 
     def cancel(self) -> None:
-        """Tell the trainers that no further part will come, as a signal has ended generation."""
+        """Send an end in place of further parts, as a signal has ended generation; not after the last part."""
+        if self._is_finished:
+            return
         self._post(EnginePart([], {}, is_last=True, is_cancelled=True))
 
     def _send(self, part: Sequence[int], grading: RoundGrading, prompts: Prompts, is_last: bool) -> None:
@@ -102,5 +105,6 @@ class PartSender:
         self._post(EnginePart(responses, count_tokens(responses, prompts), is_last))
 
     def _post(self, engine_part: EnginePart) -> None:
+        self._is_finished = engine_part.is_last
         if self._trainer is not None:
             self._job.post(engine_part, self._trainer)

@@ -69,7 +69,7 @@ class ReductionCounts:
         self._counts += _count(lengths, packs)
 
     def scale(self, reduction: str, sum_over_ranks: SumOverRanks) -> float:
-        """Return what `unscaled_weights` have left out: tokens over responses, or over packs; 1 for ``token``."""
+        """Return the factor missing in `unscaled_weights`: tokens over responses, or over packs; 1 for ``token``."""
         if reduction == "token":
             return 1.0
         token_count, response_count, pack_count = sum_over_ranks(self._counts)

@@ -301,12 +301,14 @@ class Rollouts:
         grading = RoundGrading(self.grader, self.processor, config, rollout.prompts.rows, counters)
         if self.part_sender:
             grading.after_verdicts = partial(self.part_sender.send_graded, grading, rollout.prompts)
-        parts = RoundResponses(config.responses, self._version_of(iteration), work.groups)
+        round_responses = RoundResponses(config.responses, self._version_of(iteration), work.groups)
         barrier = WorkBarrier(name, self.stop)
         needed = min(len(indices), config.prompts)
         continues = rollout.restarted is not None
         cut = self._cut(name, needed, continues) if needed < len(indices) else None
-        engine_round = EngineRound(self.engine, parts, grading, cut, barrier, iteration, self.leads, continues)
+        engine_round = EngineRound(
+            self.engine, round_responses, grading, cut, barrier, iteration, self.leads, continues
+        )
         started_responses = config.responses + config.rollout.extra_responses
         slots = config.rollout.max_num_seqs
         queue = PromptQueue(work, name, started_responses, slots, self.replicas, self.engine.agree)
@@ -318,7 +320,7 @@ class Rollouts:
                 self.part_sender.begin(len(taken))
             for prompt, template in self._engine_prompts(taken, rollout, iteration):
                 prompt_tokens = len(rollout.prompts.sample(prompt))
-                requests += parts.requests(prompt, template, rollout.limit, prompt_tokens)
+                requests += round_responses.requests(prompt, template, rollout.limit, prompt_tokens)
             return requests
 
         title = f"generating {iteration}"
@@ -332,14 +334,14 @@ class Rollouts:
             generate_s = rollout.timeline.end("engine")
             engine_round.wait(rollout.timeline)
             show(at_once=True)
+        grading.add_failed(list(problems.items()), config.responses)
+        if self.part_sender and not barrier.stopped and not grading.pending:
+            self.part_sender.finish(grading, rollout.prompts)
         # Not in the gathers below: a rank may wait here longer than the time-out of an ordinary collective.
         barrier.wait()
         rollout.timeline.end("wait")
-        grading.add_failed(list(problems.items()), config.responses)
-        if self.part_sender:
-            self.part_sender.finish(grading, rollout.prompts)
         if cut:
-            self._leave_out(rollout, cut.postponed(indices, list(problems), self.leads), cut, parts)
+            self._leave_out(rollout, cut.postponed(indices, list(problems), self.leads), cut, round_responses)
         left_out = set(rollout.postponed + rollout.unfinished)
         # All ranks, so that all stop where one source has hardly any verdict.
         self.failures.add(gather_objects(grading.count_verdicts(left_out)))
@@ -348,7 +350,7 @@ class Rollouts:
         return grading.responses_without(left_out)
 
     def _cut(self, name: str, needed: int, continues: bool) -> RoundCut:
-        """Return what ends a round when ``needed`` prompts are answered; with ``continues`` it also counts tokens."""
+        """Return the cut of a round that trains on ``needed`` prompts; ``continues``: the next one goes on with it."""
         token_counts = self.engine.token_counts if continues and self.leads else None
         return RoundCut(name, needed, self.replica, self.replicas, token_counts)
 
@@ -356,7 +358,7 @@ class Rollouts:
         """Return the iteration whose weights the engine has in the round of ``iteration``."""
         return iteration if self.version is None else self.version
 
-    def _leave_out(self, rollout: Rollout, prompts: list[int], cut: RoundCut, parts: RoundResponses) -> None:
+    def _leave_out(self, rollout: Rollout, prompts: list[int], cut: RoundCut, round_responses: RoundResponses) -> None:
         """Leave ``prompts`` to a later round, and keep what there is of their responses where that round goes on."""
         if rollout.restarted is None:
             rollout.postponed = prompts
@@ -364,7 +366,7 @@ class Rollouts:
         rollout.unfinished = prompts
         groups = {}
         if self.leads:
-            groups = parts.unfinished(prompts, cut.unfinished_counts())
+            groups = round_responses.unfinished(prompts, cut.unfinished_counts())
         queue_position = {prompt: position for position, prompt in enumerate(prompts)}
         # Replaced at the end of the round alone: a checkpoint of a run that stops within it has the groups before it.
         self.unfinished.groups = {queue_position[prompt]: group for prompt, group in groups.items()}

@@ -18,6 +18,7 @@ from ovr_megatron.ppo.rollouts import Rollout
 from ovr_megatron.ppo.sources import source_names
 from ovr_megatron.ppo.update import PolicyStep
 from ovr_megatron.runtime.exchange import gather_objects
+from ovr_megatron.runtime.stop import StopRequested
 
 
 def iterate_split(
@@ -81,18 +82,22 @@ def learn_in_parts(
         rollout.prompts.rows += rows
         step = PolicyStep(models, source_names(rows))
     is_last = False
+    is_cancelled = False
     while not is_last:
         with clock("generate"):
-            engine_part = generators.take_part()
+            engine_part = generators.receive_part()
         is_last = engine_part.is_last
-        if engine_part.is_cancelled:
-            continue  # the other parts, too, are only taken
+        is_cancelled |= engine_part.is_cancelled
+        if is_cancelled:
+            continue  # the other parts, too, are only received
         with clock("value"):
             experiences.append(_part_experience(models, rollout, engine_part, iteration))
         with clock("update"):
             step.add(experiences[-1], is_last)
     with clock("generate"):
         received = generators.finish()
+    if is_cancelled:
+        raise StopRequested  # the request came when the engines had ended
     # By prompt again: parts come in the order of the answers.
     rollout.responses.sort(key=lambda response: (response.prompt, response.sample))
     rollout.train_prompts = dict(sorted(rollout.train_prompts.items()))
@@ -105,7 +110,7 @@ def learn_in_parts(
     rollout.mixed = dict(received.saved.mixed)
     prompts.observe(prompts.round_positions, rollout.mixed)
     with clock("update"):
-        metrics = step.take()
+        metrics = step.finish()
     experience = join_experiences(models, rollout, experiences)
     metrics = {
         "curriculum/max_tokens": rollout.limit,

@@ -143,7 +143,7 @@ def _objective_metrics(objective: PolicyObjective, step_metrics: Sequence[dict[s
 
 
 class PolicyStep:
-    """The policy's only step of an iteration, whose responses come in parts.  Every method is a collective.
+    """The policy's only step of an iteration, whose responses come in parts.  `add` and `finish` are collectives.
 
     It differs from the step of `update_policy` by rounding: packs are formed within a part, and where
     ``algorithm.reduction`` divides by the responses or packs of the step, the gradients are divided at its end.
@@ -176,8 +176,8 @@ class PolicyStep:
         else:
             policy.add_gradients(packs, self._objective)
 
-    def take(self) -> dict[str, float]:
-        """Take the step, and return its metrics."""
+    def finish(self) -> dict[str, float]:
+        """Take the optimizer step, and return its metrics."""
         policy = self._models.policy
         sum_over_ranks = partial(sum_over_dp, layout=policy.layout)
         scale = self._counts.scale(self._models.config.algorithm.reduction, sum_over_ranks)

@@ -16,7 +16,7 @@ from ovr_megatron.ppo.iteration import IterationResult, iterate
 from ovr_megatron.ppo.prompts import PromptStream
 from ovr_megatron.ppo.split_iteration import iterate_split
 from ovr_megatron.rl.serving import serve
-from ovr_megatron.rl.setup import build_models, build_rollouts, check_steps, open_model_and_prompts
+from ovr_megatron.rl.setup import build_models, build_rollouts, check_parts, check_steps, open_model_and_prompts
 from ovr_megatron.rl.split import join_generators
 from ovr_megatron.runtime import run_folder
 from ovr_megatron.runtime.distributed import World
@@ -72,6 +72,7 @@ def _rehearse(config: RLConfig, world: World, run: Path, resources: ExitStack) -
     """Rehearse on this rank, which trains; what begins ends with ``resources``.  A collective."""
     run_folder.enter(run, run_folder.REHEARSAL, world.is_main)
     check_steps(config, world)
+    check_parts(config, world)
     skipped = skipped_rows(config.data, run, world.is_main)
     model_folder, prompts = open_model_and_prompts(config, skipped)
     models, _ = build_models(config, model_folder, prompts.processor, world)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -118,6 +119,25 @@ def check_steps(config: RLConfig, world: World) -> None:
                 f"prompts={config.prompts} x responses={config.responses} are {responses} responses for "
                 f"algorithm.{name}={steps}; raise prompts"
             )
+
+
+def check_parts(config: RLConfig, world: World) -> None:
+    """Refuse parts of an iteration with fewer prompts than replicas, some of which would only wait.
+
+    Raises:
+        ConfigError: names the settings and their values.
+    """
+    if not config.rollout.stream_parts:
+        return
+    replicas = config.parallel.data_parallel(world.size)
+    engines = config.rollout.ranks // config.rollout.tp
+    prompts = engines * math.ceil(config.prompts / (engines * config.rollout.stream_parts))
+    if prompts < replicas:
+        raise ConfigError(
+            f"rollout.stream_parts={config.rollout.stream_parts}: a part would have {prompts} of "
+            f"prompts={config.prompts}, fewer than the {replicas} data-parallel replicas, so that some would learn "
+            f"nothing from it; set rollout.stream_parts={config.prompts // replicas} or less"
+        )
 
 
 def count_iterations(config: RLConfig) -> int:

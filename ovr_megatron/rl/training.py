@@ -38,6 +38,7 @@ from ovr_megatron.rl.setup import (
     build_models,
     build_rollouts,
     check_names,
+    check_parts,
     check_steps,
     count_iterations,
     open_model_and_prompts,
@@ -123,6 +124,7 @@ class RL:
                 # A command's process ends with its run: until then a signal must not change the exit code.
                 resources.callback(self.checkpoints.stop.close)
             check_steps(config, world)
+            check_parts(config, world)
             self.skipped = skipped_rows(config.data, self.run_folder, world.is_main)
             model_folder, self.prompts = open_model_and_prompts(config, self.skipped)
             processor = self.prompts.processor

@@ -124,7 +124,7 @@ class SplitJob:
         return received
 
     def post(self, item: Any, peer: int) -> None:
-        """Send an object to a rank of the other side, which must `take` it before both sides meet; return at once."""
+        """Send an object to a rank of the other side, which must `receive` it before both sides meet; return at once."""
         payload = torch.frombuffer(bytearray(pickle.dumps(item)), dtype=torch.uint8)
         # The length goes first: a receiver must allocate its buffer before the message comes.
         for message in (torch.tensor([len(payload)]), payload):
@@ -132,14 +132,14 @@ class SplitJob:
             assert work is not None
             self._posts.append((work, message))
 
-    def take(self, peer: int, request: StopRequest) -> Any:
+    def receive(self, peer: int, request: StopRequest) -> Any:
         """Wait for the next object that a rank of the other side has posted to this one, and return it.
 
         Arguments and errors as of `meet`.
         """
         received: Future[bytes] = Future()
         # In a thread: unlike a barrier, a receive of gloo can be waited for and not polled.
-        threading.Thread(target=self._receive, args=(peer, received), daemon=True).start()
+        threading.Thread(target=self._receive_bytes, args=(peer, received), daemon=True).start()
         try:
             self._wait(received.done, request)
             return pickle.loads(received.result())  # raises where the rank has died
@@ -148,7 +148,7 @@ class SplitJob:
         except RuntimeError as error:
             self._raise_ended(error)
 
-    def _receive(self, peer: int, received: Future[bytes]) -> None:
+    def _receive_bytes(self, peer: int, received: Future[bytes]) -> None:
         try:
             length = torch.zeros(1, dtype=torch.int64)
             dist.recv(length, group=self.messages, group_src=peer)
@@ -158,25 +158,27 @@ class SplitJob:
         except RuntimeError as error:
             received.set_exception(error)
 
-    def meet(self, request: StopRequest) -> None:
-        """Wait for every rank of both sides, for as long as any of them makes progress.  A collective of all ranks.
+    def meet(self, request: StopRequest, group: dist.ProcessGroup | None = None) -> None:
+        """Wait for all ranks of a group, while any rank of the job makes progress.  A collective of the group.
 
         Args:
             request: the stop request of this rank, which is published for the other side.
+            group: a CPU group whose time-out no run reaches; None: all ranks of both sides.
 
         Raises:
             UserError: another rank has ended with it.
             SideError: another rank has ended.
         """
         try:
-            barrier = dist.barrier(self.messages, async_op=True)
+            barrier = dist.barrier(group or self.messages, async_op=True)
             assert barrier is not None
             # Polled, as a wait inside the collective would neither see the other side work nor let signals through.
             self._wait(barrier.is_completed, request)
             barrier.wait()  # raises where a rank has died
-            for work, _ in self._posts:  # all are taken, or the other side would not have met this one
-                work.wait()
-            self._posts.clear()
+            if group is None:
+                for work, _ in self._posts:  # all have arrived, or the other side would not be here
+                    work.wait()
+                self._posts.clear()
         except SideError:
             raise
         except RuntimeError as error:

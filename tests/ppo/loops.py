@@ -236,7 +236,7 @@ def part_gradients(reduction: str, *more: str) -> dict[str, float]:
     step = PolicyStep(models, ())
     for part_experience in parts:
         step.add(part_experience, is_last=part_experience is parts[-1])
-    metrics = step.take()
+    metrics = step.finish()
     found = differences(dict(policy.gradients()) | {"packs": 0}, whole | {"packs": 0})
     size = sum(float(gradient.double().square().sum()) for gradient in whole.values()) ** 0.5
     return {"error": found["error"], "size": size, "loss": abs(metrics["policy/loss"] - means["loss"])}
@@ -444,7 +444,8 @@ if __name__ == "__main__":
         ours = policy_gradients(*more)
         gradients |= {f"{cut}, {name}": differences(ours[name], policy[name]) for name in policy}
     parts = {}
-    for name in ("", "parallel.tp=2", "parallel.cp=2", "parallel.pp=2", "parallel.overlap=true"):
+    sharded = "parallel={overlap: true, distributed_optimizer: true}"
+    for name in ("", "parallel.tp=2", "parallel.cp=2", "parallel.pp=2", "parallel={pp: 2, vpp: 2}", sharded):
         parts[name] = part_gradients("sequence", *filter(None, [name]))
     for reduction in ("token", "constant", "pack"):
         parts[reduction] = part_gradients(reduction)

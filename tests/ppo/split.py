@@ -25,6 +25,8 @@ from ovr_megatron.data.processing import Processor
 from ovr_megatron.errors import UserError
 from ovr_megatron.launch import RECIPES
 from ovr_megatron.ppo import split_iteration
+from ovr_megatron.ppo.batch import seeds_of
+from ovr_megatron.ppo.parts import PartSender
 from ovr_megatron.ppo.rollouts import Rollouts
 from ovr_megatron.ppo.update import PolicyStep
 from ovr_megatron.rl import training as rl
@@ -54,7 +56,10 @@ CHOSEN = ("algorithm.prompt_replay=0.9", "algorithm.prompt_cooldown=1", "algorit
 
 
 # Responses that come in parts, two prompts each; and the same in one part.
-PARTS = ("algorithm.estimator=grpo", "prompts=6", "rollout.max_num_seqs=4", "iterations=3")
+PARTS = (
+    *("algorithm.estimator=grpo", "prompts=6", "rollout.max_num_seqs=4", "iterations=3"),
+    "algorithm.kl_coefficient=0.01",
+)
 
 
 def config(name: str, *more: str) -> RLConfig:
@@ -105,6 +110,47 @@ def timed(name: str, pause_s: float) -> Iterator[None]:
 
 
 @contextmanager
+def stop_after_first_part(iteration: int) -> Iterator[None]:
+    """Ask the generators to stop within the block as soon as they have sent the first part of an iteration."""
+    begin, send = PartSender.__init__, PartSender._send
+    iterations: list[PartSender] = []
+
+    def begin_iteration(sender: PartSender, *arguments: Any) -> None:
+        begin(sender, *arguments)
+        iterations.append(sender)
+
+    def send_and_stop(sender: PartSender, *arguments: Any, **options: Any) -> None:
+        send(sender, *arguments, **options)
+        if len(iterations) == iteration + 1:
+            assert not options["is_last"]
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    PartSender.__init__, PartSender._send = begin_iteration, send_and_stop
+    try:
+        yield
+    finally:
+        PartSender.__init__, PartSender._send = begin, send
+
+
+@contextmanager
+def refused_prompt(iteration: int, prompt: int) -> Iterator[None]:
+    """Have vLLM refuse a prompt within the block, as it refuses a request that it cannot take."""
+    seeds = seeds_of(1, iteration, prompt, 2)
+    enqueue = RolloutEngine._enqueue
+
+    def refuse(engine: RolloutEngine, request: Prompt) -> list[str]:
+        if list(request.seeds) == seeds:
+            raise ValueError("refused")
+        return enqueue(engine, request)
+
+    RolloutEngine._enqueue = refuse
+    try:
+        yield
+    finally:
+        RolloutEngine._enqueue = enqueue
+
+
+@contextmanager
 def timed_parts(name: str) -> Iterator[None]:
     """Write when gradients of a part were computed, and when an engine made a step, within the block."""
     times: list[tuple[str, float]] = []
@@ -117,13 +163,13 @@ def timed_parts(name: str) -> Iterator[None]:
 
         return run
 
-    room_left, add, take = RolloutEngine.room_left, PolicyStep.add, PolicyStep.take
+    room_left, add, finish = RolloutEngine.room_left, PolicyStep.add, PolicyStep.finish
     RolloutEngine.room_left = record(room_left, "engine step")
-    PolicyStep.add, PolicyStep.take = record(add, "part"), record(take, "step")
+    PolicyStep.add, PolicyStep.finish = record(add, "part"), record(finish, "step")
     try:
         yield
     finally:
-        RolloutEngine.room_left, PolicyStep.add, PolicyStep.take = room_left, add, take
+        RolloutEngine.room_left, PolicyStep.add, PolicyStep.finish = room_left, add, finish
         if world.is_main:
             (out / f"{name}.{world.job.side}.parts.json").write_text(json.dumps(times))
 
@@ -269,14 +315,18 @@ if __name__ == "__main__":
         # Without the archive of what was generated ahead.
         resume("in_flight", "in_flight_lost", 3, *IN_FLIGHT, rollouts=False)
     elif part == "parts":
-        train("whole", *PARTS)
-        train("one_part", *PARTS, "rollout.stream_parts=1")
-        with timed_parts("parts"):
-            train("parts", *PARTS, "rollout.stream_parts=3")
-        resume("parts", "parts_resumed", 1, *PARTS, "rollout.stream_parts=3")
-        train("shared", *PARTS, "rollout.stream_parts=3", "rollout.schedule=shared", "offload=true")
-        stopped("stopped", ask_generators_to_stop, *PARTS, "rollout.stream_parts=3")
-        train("stopped", *PARTS, "rollout.stream_parts=3")
+        in_parts = (*PARTS, "rollout.stream_parts=3")
+        with refused_prompt(0, 4):
+            train("whole", *PARTS)
+            train("one_part", *PARTS, "rollout.stream_parts=1")
+            with timed_parts("parts"):
+                train("parts", *in_parts)
+            with stop_after_first_part(1):
+                code = train("stopped", *in_parts)
+        (out / f"stopped.{world.job.side}.txt").write_text(str(code))
+        train("stopped", *in_parts)
+        resume("parts", "parts_resumed", 1, *in_parts)
+        train("shared", *in_parts, "rollout.schedule=shared", "model.lora.rank=2", "offload=true")
     elif part == "first":
         with checked_updates("turns"):
             train("turns", *EVALUATION)

@@ -169,7 +169,7 @@ def test_one_part_is_the_run_without_parts(streamed: Path) -> None:
 
 def test_parts_learn_what_the_iteration_does(streamed: Path) -> None:
     assert_same_but_for_rounding(streamed, "parts")
-    assert_same_but_for_rounding(streamed, "shared")
+    assert curve(streamed / "parts")[0]["response/failed_prompts"] == 1
     assert_same_run(streamed / "parts_resumed", streamed / "parts", range(1, 3))
     assert curve(streamed / "parts_resumed") == curve(streamed / "parts")[1:]
 
@@ -204,6 +204,12 @@ def test_gradients_of_a_part_are_computed_while_others_are_generated(streamed: P
         before = learned[4 * iteration - 1][1] if iteration else 0.0
         steps = [moment for moment in engine_steps if before < moment < moments[3]]
         assert moments[0] < max(steps) < moments[2]
+
+
+def test_adapters_learn_from_parts_of_a_shared_queue(streamed: Path) -> None:
+    """Their reference is the policy without them, and its gradients stay where all else is offloaded."""
+    lines = curve(streamed / "shared")
+    assert len(lines) == 3 and lines[0]["policy/reference_kl"] == 0 < lines[2]["policy/reference_kl"]
 
 
 def test_a_signal_between_parts_ends_both_sides(streamed: Path) -> None:
