@@ -26,6 +26,7 @@ from ovr_megatron.config.described import described_yaml
 from ovr_megatron.curation.settings import PrepareConfig
 from ovr_megatron.keys import NAMES_ELSEWHERE, setting_names, unknown_setting
 from ovr_megatron.launch import compose, compose_values, read_command_line, recipe_path
+from ovr_megatron.rl.setup import check_parts
 
 REQUIRED = ["run.dir=runs/a", "model.path=models/tiny"]
 CURRICULUM = ["curriculum=[{until: 300, max_tokens: 16384}, {until: 900, max_tokens: 32768}]"]
@@ -383,6 +384,17 @@ def test_what_cannot_be_learned_from_in_parts(override: str, message: str) -> No
     settings = ("rollout={ranks: 1, stream_parts: 4}", "algorithm.estimator=grpo")
     sentence = complaint(RLConfig, *settings, *override.split())
     assert message in sentence and "rollout.stream_parts=4" in sentence
+
+
+def test_every_replica_has_a_prompt_of_each_part() -> None:
+    settings = ("rollout={ranks: 8, stream_parts: 32}", "algorithm.estimator=grpo", "prompts=128")
+    config = build(RLConfig, merge(RLConfig, *settings))
+    check_parts(config, trainers=8)
+    with pytest.raises(ConfigError) as raised:
+        check_parts(config, trainers=16)
+    assert "a part would have 8 of prompts=128, fewer than the 16 data-parallel replicas" in str(raised.value)
+    assert "set rollout.stream_parts=8 or less" in str(raised.value)
+    check_parts(build(RLConfig, merge(RLConfig, *settings, "rollout.stream_parts=8")), trainers=16)
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def _rehearse(config: RLConfig, world: World, run: Path, resources: ExitStack) -
     """Rehearse on this rank, which trains; what begins ends with ``resources``.  A collective."""
     run_folder.enter(run, run_folder.REHEARSAL, world.is_main)
     check_steps(config, world)
-    check_parts(config, world)
+    check_parts(config, world.size)
     skipped = skipped_rows(config.data, run, world.is_main)
     model_folder, prompts = open_model_and_prompts(config, skipped)
     models, _ = build_models(config, model_folder, prompts.processor, world)

@@ -121,15 +121,19 @@ def check_steps(config: RLConfig, world: World) -> None:
             )
 
 
-def check_parts(config: RLConfig, world: World) -> None:
+def check_parts(config: RLConfig, trainers: int) -> None:
     """Refuse parts of an iteration with fewer prompts than replicas, some of which would only wait.
+
+    Args:
+        config: of the job.
+        trainers: ranks that train.
 
     Raises:
         ConfigError: names the settings and their values.
     """
     if not config.rollout.stream_parts:
         return
-    replicas = config.parallel.data_parallel(world.size)
+    replicas = config.parallel.data_parallel(trainers)
     engines = config.rollout.ranks // config.rollout.tp
     prompts = engines * math.ceil(config.prompts / (engines * config.rollout.stream_parts))
     if prompts < replicas:

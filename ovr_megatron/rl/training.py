@@ -124,7 +124,7 @@ class RL:
                 # A command's process ends with its run: until then a signal must not change the exit code.
                 resources.callback(self.checkpoints.stop.close)
             check_steps(config, world)
-            check_parts(config, world)
+            check_parts(config, world.size)
             self.skipped = skipped_rows(config.data, self.run_folder, world.is_main)
             model_folder, self.prompts = open_model_and_prompts(config, self.skipped)
             processor = self.prompts.processor

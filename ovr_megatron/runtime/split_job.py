@@ -124,7 +124,7 @@ class SplitJob:
         return received
 
     def post(self, item: Any, peer: int) -> None:
-        """Send an object to a rank of the other side, which must `receive` it before both sides meet; return at once."""
+        """Send an object to a rank of the other side, which must `receive` it before both sides meet."""
         payload = torch.frombuffer(bytearray(pickle.dumps(item)), dtype=torch.uint8)
         # The length goes first: a receiver must allocate its buffer before the message comes.
         for message in (torch.tensor([len(payload)]), payload):
