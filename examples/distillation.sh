@@ -5,7 +5,7 @@
 #
 # TEACHER is the checkpoint of the base model that examples/quickstart.sh trains, such as
 # runs/quickstart/base/checkpoints/step_001000. What is in RUN_DIR already is not done again. Variables, with defaults:
-# SEED=1, STEPS=40 of the supervised start, ITERATIONS=40 of distillation, PROBLEMS=200 evaluated of each kind, and
+# SEED=1, STEPS=200 of the supervised start, ITERATIONS=160 of distillation, PROBLEMS=200 evaluated of each kind, and
 # PROCESSES, 2 where there are two CPU cores.
 set -euo pipefail
 
@@ -24,14 +24,14 @@ title "the student: the first and the last of the teacher's four layers, and its
 [ -e "$run/half/manifest.json" ] ||
     "$python" tools/convert_from_hf.py --hf "$teacher/policy" --layers 0,3 --out "$run/half"
 
-title "supervised start: the base model's data, 40 of its 1,000 steps"
-steps="${STEPS:-40}"
+title "supervised start: the base model's data, 200 of its 1,000 steps"
+steps="${STEPS:-200}"
 [ -e "$run/start/checkpoints/$(printf 'step_%06d' "$steps")/manifest.json" ] ||
     launch -m ovr_megatron.coldstart --config-name tiny_base run.dir="$run/start" run.seed="$seed" steps="$steps" \
         model.path="$run/half"
 
 title "on-policy distillation"
-iterations="${ITERATIONS:-40}"
+iterations="${ITERATIONS:-160}"
 [ -e "$run/distilled/checkpoints/$(printf 'step_%06d' "$iterations")/manifest.json" ] ||
     launch -m ovr_megatron.rl --config-name tiny_distill run.dir="$run/distilled" run.seed="$seed" \
         iterations="$iterations" model.path="$(newest start)" algorithm.teacher="$teacher"
