@@ -120,6 +120,7 @@ def force_lengths(engine: RolloutEngine, responses: int, between: float) -> None
     RoundResponses.requests = requests  # type: ignore[assignment, method-assign]
     engine._enqueue = enqueue  # type: ignore[method-assign]
     RoundGrading._submit = leave_ungraded  # type: ignore[assignment, method-assign]
+    RoundGrading.is_graded = lambda grading, prompt: True  # type: ignore[method-assign]
     vars(pending)["generations"] = finished
 
 
