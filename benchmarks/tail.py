@@ -120,7 +120,7 @@ def force_lengths(engine: RolloutEngine, responses: int, between: float) -> None
     RoundResponses.requests = requests  # type: ignore[assignment, method-assign]
     engine._enqueue = enqueue  # type: ignore[method-assign]
     RoundGrading._submit = leave_ungraded  # type: ignore[assignment, method-assign]
-    RoundGrading.is_graded = lambda grading, prompt: True  # type: ignore[method-assign]
+    RoundGrading.is_graded = is_answered  # type: ignore[method-assign]
     vars(pending)["generations"] = finished
 
 
@@ -140,6 +140,11 @@ def hold_steps(engine: RolloutEngine, step_ms: float) -> None:
 
 def leave_ungraded(grading: RoundGrading, response: Response) -> None:
     """Give a response no verdict, as it has none that means anything."""
+
+
+def is_answered(grading: RoundGrading, prompt: int) -> bool:
+    """Return True, as nothing is missing of a prompt that was answered."""
+    return True
 
 
 def make_config(folder: Path, prompts: int) -> RLConfig:
