@@ -120,7 +120,7 @@ def force_lengths(engine: RolloutEngine, responses: int, between: float) -> None
     RoundResponses.requests = requests  # type: ignore[assignment, method-assign]
     engine._enqueue = enqueue  # type: ignore[method-assign]
     RoundGrading._submit = leave_ungraded  # type: ignore[assignment, method-assign]
-    RoundGrading.is_graded = is_answered  # type: ignore[method-assign]
+    RoundGrading.is_graded = is_answered  # type: ignore[assignment, method-assign]
     vars(pending)["generations"] = finished
 
 
