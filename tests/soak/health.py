@@ -49,7 +49,7 @@ COLOURS = ("#1d7a46", "#d9652b", "#c2352b", "#3a7cbd", "#7d55a8")
 # Title of a panel, and the keys that it shows: the first as a line, the second dashed.
 PANELS = (
     ("mean reward in training", ("reward/mean",)),
-    ("accuracy on held-out problems, right rule", ("evaluation/visual", "evaluation/text")),
+    ("held-out accuracy: pictures, dashed texts", ("evaluation/visual", "evaluation/text")),
     ("share of prompts with unequal rewards", ("response/mixed_prompts",)),
     ("entropy of a token, nats", ("policy/entropy",)),
     ("clipped tokens: upper bound, dashed lower", ("policy/clip_fraction_high", "policy/clip_fraction_low")),
@@ -61,6 +61,7 @@ PANELS = (
     ("responses that ended by themselves", ("response/stopped",)),
     ("repeated 4-grams of a response", ("response/repetition",)),
 )
+LOGARITHMIC = ("KL to the reference",)
 
 
 def train(name: str, start: Path, folder: Path) -> bool:
@@ -93,6 +94,8 @@ def draw(runs: dict[str, dict[str, dict[int, float]]], path: Path) -> None:
                 values = series.get(key, {})
                 label = name if style == "-" else None
                 axes.plot(list(values), list(values.values()), style, color=colour, label=label, linewidth=1.4)
+        if title in LOGARITHMIC:
+            axes.set_yscale("log")
         axes.set_title(title, fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
