@@ -604,7 +604,10 @@ class Engine:
         return self.reduce_gradients(packs, loss)
 
     def clear_gradients(self) -> None:
-        """Begin a step whose packs come in parts: `add_gradients` for each but the last, then `reduce_gradients`."""
+        """Zero the gradients and the sums of the step.
+
+        Then call `add_gradients` any number of times, and `reduce_gradients` once with the last packs.
+        """
         self._wait_onloaded("base", "weights", "gradients")
         self.onload("optimizer")
         for model in self.models:
@@ -613,17 +616,17 @@ class Engine:
         self._step_sums = _StepSums()
 
     def add_gradients(self, packs: Sequence[Pack], loss: Loss) -> None:
-        """Add the gradients of ``packs``, which are not the last ones of the step, to those of this rank.
+        """Accumulate the gradients of ``packs`` on this rank without reducing them; more packs of the step must follow.
 
-        No rank waits for other data-parallel ranks, which may have other numbers of packs.
+        Data-parallel replicas are not synchronised, and may have different numbers of packs.
         """
         with self._without_reduction():
             self._run(packs, self._forward_step(loss), training=True)
 
     def reduce_gradients(self, packs: Sequence[Pack], loss: Loss) -> dict[str, float]:
-        """Add the gradients of the last ``packs`` of the step, and reduce those of all ranks.
+        """Accumulate the gradients of the last ``packs`` of the step, and reduce all over the data-parallel replicas.
 
-        The gradients are then those of the mean of ``loss`` over all rows of the step.
+        They are divided by the rows of the step, and then those of the mean of ``loss`` over these rows.
 
         Returns:
             The means of the loss and its sums over these rows, and their number as ``count``.
@@ -633,12 +636,12 @@ class Engine:
         return self._means(self._step_sums.counts, self._step_sums.sums)
 
     def scale_gradients(self, factor: float) -> None:
-        """Multiply the gradients of the step."""
+        """Multiply the reduced gradients by ``factor``, before `step`."""
         for model in self.models:
             model.scale_gradients(factor)
 
     def _forward_step(self, loss: Loss) -> ForwardStep:
-        """Return the forward step for Megatron's schedule, which collects the sums of ``loss`` until the step ends."""
+        """Return Megatron's `forward_step_func`; it adds the rows and sums of each pack to `_step_sums`."""
         step_sums = self._step_sums
 
         def forward_step(
@@ -658,7 +661,10 @@ class Engine:
 
     @contextmanager
     def _without_reduction(self) -> Iterator[None]:
-        """Have the schedule leave the gradients of the packs in the block unreduced and undivided."""
+        """Have Megatron's schedule only accumulate local gradients in the block.
+
+        They are neither reduced over replicas nor divided by the number of rows.
+        """
         config = self.config
         no_sync_func = config.no_sync_func
         # Megatron's contexts would have the last pack reduce the gradients, as they end before it.
@@ -674,7 +680,7 @@ class Engine:
                 config.finalize_model_grads_func = self._finalize_gradients
 
     def _count_rows(self, models: Sequence[torch.nn.Module], row_count: Tensor, **groups: Any) -> None:
-        """Keep the rows of packs whose gradients are not reduced yet, by which `_finalize_gradients` divides, too."""
+        """Record the number of rows of packs that are not reduced yet, in place of `_finalize_gradients`."""
         self._step_sums.row_counts.append(row_count)
 
     def _run(self, packs: Sequence[Pack], forward_step: ForwardStep, training: bool) -> list[Any]:

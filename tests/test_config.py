@@ -376,8 +376,11 @@ def test_ranks_that_only_generate_need_two_sides_at_work() -> None:
         ("algorithm.policy_epochs=3", "each of the 3 policy updates"),
         ("algorithm.positive_nll=0.1", "algorithm.positive_nll=0.1 divides by the tokens of all right responses"),
         ("algorithm.dynamic_sampling=2", "with algorithm.dynamic_sampling=2 only the last round says"),
-        ("offload=true algorithm.teacher=T", "with offload=true reference and teacher take the place"),
-        ("offload=true algorithm.kl_coefficient=0.1", "with offload=true reference and teacher take the place"),
+        ("offload=true algorithm.teacher=T", "the reference or teacher needs the device memory"),
+        (
+            "offload=true algorithm.kl_coefficient=0.1",
+            "the reference or teacher needs the device memory",
+        ),
     ],
 )
 def test_what_cannot_be_learned_from_in_parts(override: str, message: str) -> None:

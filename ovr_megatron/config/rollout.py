@@ -21,9 +21,9 @@ class RolloutConfig:
     ranks: Annotated[Count, ZeroMeans("all train and generate in turn")] = 0
     """Ranks of the job, the last ones, that only generate; the others only train."""
     stream_parts: Annotated[Count, ZeroMeans("training begins when all responses are there")] = 0
-    """Number of parts, at most, in which the responses of an iteration go to the ranks that train, which compute the
-    gradients of a part while others are generated; the optimizer step waits for the last. With rollout.ranks, one step
-    an iteration, and advantages that compare the responses to one prompt at most."""
+    """About how many parts the responses of an iteration come in to the ranks that train, which compute the gradients
+    of a part while others are generated; the optimizer step waits for the last. It needs rollout.ranks, one step an
+    iteration, and advantages that depend on no other prompt's responses."""
     schedule: Literal["static", "shared"] = "static"
     """Prompts of an engine: the same number at the start, so that a repeated run draws the same batches (static), or
     the next one when it has room, which ends sooner where lengths differ (shared)."""

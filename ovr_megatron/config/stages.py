@@ -273,7 +273,7 @@ def _obstacle_to_parts(config: RLConfig) -> str:
     if algorithm.normalises or algorithm.has_critic:
         return (
             f"advantages of algorithm.estimator={algorithm.estimator} are normalised over all responses of an "
-            "iteration; take grpo, dr_grpo, rloo, opo, maxrl or none, or rollout.stream_parts=0"
+            "iteration; take grpo, dr_grpo, rloo, opo, maxrl, or none with algorithm.teacher, or rollout.stream_parts=0"
         )
     if algorithm.policy_updates > 1:
         return (
@@ -283,17 +283,17 @@ def _obstacle_to_parts(config: RLConfig) -> str:
     if algorithm.positive_nll:
         return (
             f"algorithm.positive_nll={algorithm.positive_nll:g} divides by the tokens of all right responses of an "
-            "iteration; set one of them to 0"
+            "iteration; set algorithm.positive_nll=0 or rollout.stream_parts=0"
         )
     if algorithm.dynamic_sampling:
         return (
             f"with algorithm.dynamic_sampling={algorithm.dynamic_sampling} only the last round says which prompts an "
-            "iteration trains on; set one of them to 0"
+            "iteration trains on; set algorithm.dynamic_sampling=0 or rollout.stream_parts=0"
         )
     if config.offload and (config.has_reference or algorithm.teacher):
         return (
-            "with offload=true reference and teacher take the place of the policy's gradients, which stay from part to "
-            "part; set offload=false, or rollout.stream_parts=0"
+            "with offload=true the reference or teacher needs the device memory of the policy's gradients, which must "
+            "stay there until the last part; set offload=false, or rollout.stream_parts=0"
         )
     return ""
 

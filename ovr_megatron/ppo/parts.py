@@ -1,8 +1,9 @@
-"""Send the responses of an iteration to the ranks that train in parts, while others are generated.
+"""Send finished responses to the trainers part by part, while the engines generate the rest of the iteration.
 
-An engine sends its prompts in the order in which it has answered them, so many at a time, as soon as they are graded.
-Part k of the iteration is what the k-th messages of all engines have.  With ``rollout.schedule=static`` an engine's
-order is a function of token counts, so that no clock decides which responses a part has.
+An engine sends the responses to a fixed number of prompts as one message once they are graded, in the order in which it
+answered the prompts.  Part k of the iteration consists of the k-th message of every engine.  With
+``rollout.schedule=static`` an engine's order is a function of token counts, so that no clock decides which responses a
+part has.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ from ovr_megatron.runtime.split_job import SplitJob
 
 @dataclass(frozen=True)
 class EnginePart:
-    """One engine's share of a part.
+    """The responses of a part that one engine sends, or that one trainer receives from its engines.
 
     Attributes:
         responses: to the prompts of the part.
-        tokens: of each prompt whose responses all have a reward, with all its responses, the prompt counted with each.
+        tokens: total tokens by prompt, over all its responses, each with its prompt; without prompts that have an
+            unrewarded response.
         is_last: whether the engine sends no further part of the iteration.
-        is_cancelled: whether a signal has ended generation; the other fields then say nothing.
+        is_cancelled: whether a signal has ended generation; responses and tokens are then ignored.
     """
 
     responses: list[Response]
@@ -35,7 +37,7 @@ class EnginePart:
 
 
 def engine_peers(config: RLConfig, job: SplitJob) -> dict[int, int]:
-    """Return the rank that speaks for each engine, and the trainer to which it sends its parts; ranks of the job."""
+    """Map the leader rank of each engine to the trainer rank that receives its parts; both are ranks of the job."""
     peers = {}
     for replica in range(job.generators // config.rollout.tp):
         leader = job.trainers + replica * config.rollout.tp
@@ -44,7 +46,10 @@ def engine_peers(config: RLConfig, job: SplitJob) -> dict[int, int]:
 
 
 def count_tokens(responses: Iterable[Response], prompts: Prompts) -> dict[int, int]:
-    """Return the tokens of each prompt whose responses all have a reward, the prompt counted with each response."""
+    """Return the total tokens by prompt, over all its responses, each with its prompt.
+
+    Prompts with an unrewarded response are left out.
+    """
     tokens = {}
     for prompt, group in group_by_prompt(responses).items():
         if all(r.rewarded for r in group):
@@ -77,8 +82,8 @@ class PartSender:
         self._begun += count
 
     def send_graded(self, grading: RoundGrading, prompts: Prompts) -> None:
-        """Send the next parts whose prompts are answered and graded, if the engine has more; return at once."""
-        # Without a further prompt it is the last part, which must say so.
+        """Send every full part that is answered and graded, but the last, which `finish` sends; return at once."""
+        # If the engine has no prompt beyond this part, it is the last one: `finish` marks it.
         while self._begun > self._sent + self._prompts_of_part:
             part = grading.answered[self._sent : self._sent + self._prompts_of_part]
             if len(part) < self._prompts_of_part or not all(map(grading.is_graded, part)):
@@ -92,7 +97,7 @@ class PartSender:
         self._send(part, grading, prompts, is_last=True)
 
     def cancel(self) -> None:
-        """Send an end in place of further parts, as a signal has ended generation; not after the last part."""
+        """Send a cancelled last part, as a signal has ended generation; nothing where the last part is sent already."""
         if self._is_finished:
             return
         self._post(EnginePart([], {}, is_last=True, is_cancelled=True))

@@ -49,9 +49,9 @@ def token_weights(
 def unscaled_weights(
     reduction: str, lengths: Sequence[int], packs: Sequence[Sequence[int]], constant: int
 ) -> Ragged | None:
-    """Return the factors of `token_weights` without its sums over the step, which is not complete yet.
+    """Return the factors of `token_weights` without the totals of the step, which are unknown until its last part.
 
-    The mean over all tokens of the step must be multiplied by `ReductionCounts.scale` of the entire step.
+    Mean loss and gradients must be multiplied by `ReductionCounts.scale` afterwards.
     """
     if reduction == "token":
         return None

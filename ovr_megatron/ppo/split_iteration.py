@@ -41,7 +41,8 @@ def iterate_split(
             evaluate.
 
     Raises:
-        StopRequested: a signal came while the trainers waited for the responses.
+        StopRequested: a signal came before all responses were received; with parts, also while the gradients of an
+            earlier part were computed.
     """
     clock = Clock()
     if models.config.rollout.stream_parts:
@@ -69,14 +70,14 @@ def learn_in_parts(
 ) -> IterationResult:
     """Add up the gradients of each part of the responses as it comes, and take one step.  A collective.
 
-    Arguments and errors as of `iterate_split`.
+    Arguments and errors as of `iterate_split`; ``clock`` times the phases.
     """
     config = models.config
     rollout = Rollout(Prompts([], models.processor), max_tokens(config.curriculum, iteration))
     experiences: list[Experience] = []
     with clock("generate"):
         generators.begin(iteration, prompts.state())
-        # As the generators draw them, which cannot name them before they are done.
+        # The same prompts as those of the generators, which report theirs only at the end of the round.
         prompts.restart(range(prompts.unfinished))
         rows, rollout.long = prompts.draw_round(config.prompts, 0.0)
         rollout.prompts.rows += rows
@@ -103,8 +104,8 @@ def learn_in_parts(
     rollout.train_prompts = dict(sorted(rollout.train_prompts.items()))
     if received.saved.train_prompts != rollout.train_prompts:
         raise RuntimeError(
-            f"iteration {iteration}: the parts have come with the prompts {sorted(rollout.train_prompts)}, and those "
-            f"to train on are {sorted(received.saved.train_prompts)}"
+            f"iteration {iteration}: the received parts have the prompts {sorted(rollout.train_prompts)}, but the "
+            f"generators report {sorted(received.saved.train_prompts)}"
         )
     rollout.metrics = received.metrics
     rollout.mixed = dict(received.saved.mixed)
@@ -125,7 +126,7 @@ def learn_in_parts(
 def _part_experience(models: Models, rollout: Rollout, engine_part: EnginePart, iteration: int) -> Experience:
     """Add a part to ``rollout``, and compute what the policy learns from it on this rank.  A collective."""
     part_prompts: dict[int, int] = {}
-    # All trainers divide the prompts of a part among themselves alike.
+    # Every trainer computes the same balance, so that it needs the tokens of all prompts of the part.
     for tokens in gather_objects(engine_part.tokens):
         part_prompts |= tokens
     part = Rollout(rollout.prompts, rollout.limit, engine_part.responses, dict(sorted(part_prompts.items())))

@@ -145,8 +145,8 @@ def _objective_metrics(objective: PolicyObjective, step_metrics: Sequence[dict[s
 class PolicyStep:
     """The policy's only step of an iteration, whose responses come in parts.  `add` and `finish` are collectives.
 
-    It differs from the step of `update_policy` by rounding: packs are formed within a part, and where
-    ``algorithm.reduction`` divides by the responses or packs of the step, the gradients are divided at its end.
+    Its gradients equal those of `update_policy` up to rounding, except with ``reduction=pack``: packs are formed within
+    a part.  `finish` scales the gradients where the reduction divides by the responses or packs of all parts.
 
     Args:
         models: those of the run.

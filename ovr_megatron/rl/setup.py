@@ -122,7 +122,9 @@ def check_steps(config: RLConfig, world: World) -> None:
 
 
 def check_parts(config: RLConfig, trainers: int) -> None:
-    """Refuse parts of an iteration with fewer prompts than replicas, some of which would only wait.
+    """Refuse ``rollout.stream_parts`` if a full part has fewer prompts than there are data-parallel replicas.
+
+    Some replicas would be idle.  The last part may be smaller.
 
     Args:
         config: of the job.

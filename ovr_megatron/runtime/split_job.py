@@ -124,7 +124,10 @@ class SplitJob:
         return received
 
     def post(self, item: Any, peer: int) -> None:
-        """Send an object to a rank of the other side, which must `receive` it before both sides meet."""
+        """Start sending an object to a rank of the other side, and return at once.
+
+        That rank must `receive` it before the next barrier of all ranks.
+        """
         payload = torch.frombuffer(bytearray(pickle.dumps(item)), dtype=torch.uint8)
         # The length goes first: a receiver must allocate its buffer before the message comes.
         for message in (torch.tensor([len(payload)]), payload):
@@ -138,7 +141,7 @@ class SplitJob:
         Arguments and errors as of `meet`.
         """
         received: Future[bytes] = Future()
-        # In a thread: unlike a barrier, a receive of gloo can be waited for and not polled.
+        # In a thread: gloo's receive can only block, and unlike a barrier it cannot be polled.
         threading.Thread(target=self._receive_bytes, args=(peer, received), daemon=True).start()
         try:
             self._wait(received.done, request)
@@ -159,7 +162,9 @@ class SplitJob:
             received.set_exception(error)
 
     def meet(self, request: StopRequest, group: dist.ProcessGroup | None = None) -> None:
-        """Wait for all ranks of a group, while any rank of the job makes progress.  A collective of the group.
+        """Wait until all ranks of the group have called this.  A collective of the group.
+
+        The watchdog is deferred as long as any rank of the job makes progress.
 
         Args:
             request: the stop request of this rank, which is published for the other side.
