@@ -107,7 +107,7 @@ def deliver(
         groups: responses that this rank keeps for the next round, by index in the queue of unfinished prompts.
         stop: requests to stop on this rank.
     """
-    job.meet(stop)
+    job.barrier(stop)
     delivery = job.broadcast(delivery, job.trainers)
     if delivery.stopped:
         return

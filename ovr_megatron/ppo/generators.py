@@ -221,7 +221,7 @@ class Generators:
         # A request to stop that came here: the engines end as soon as they see it, and what they have sent is dropped.
         is_cancelled |= self._stop.received > Stop.NO
         # Not in the gather below: it has a time-out, and an engine of another trainer may take longer.
-        self._job.meet(self._stop, patient_group())
+        self._job.barrier(self._stop, patient_group())
         ends = gather_objects((not self._sending, is_cancelled))
         is_last = all(end for end, _ in ends)
         is_cancelled = any(cancelled for _, cancelled in ends)
@@ -299,7 +299,7 @@ class Generators:
             StopRequested: the evaluation was stopped by a signal.
         """
         self._send(Evaluate(done, may_stop))
-        self._job.meet(self._stop)
+        self._job.barrier(self._stop)
         reply: EvaluationReply = self._job.broadcast(None, self._job.trainers)
         self._enter_stop(reply.stopped)
         return reply.metrics
@@ -325,7 +325,7 @@ class Generators:
         command = self._running
         assert command is not None
         self._running = None
-        self._job.meet(self._stop)
+        self._job.barrier(self._stop)
         delivery: Delivery = self._job.broadcast(None, self._job.trainers)
         self._enter_stop(delivery.stopped)
         responses: list[Response] = list(chain.from_iterable(exchange({}, self._job.messages)))
@@ -353,7 +353,7 @@ class Generators:
             raise StopRequested
 
     def _send(self, command: Command) -> None:
-        self._job.meet(self._stop)
+        self._job.barrier(self._stop)
         self._job.broadcast(command, 0)
 
 

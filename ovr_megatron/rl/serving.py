@@ -78,7 +78,7 @@ class _Server:
     def run(self) -> int:
         """Carry out commands until the one to end; return its exit code."""
         while True:
-            self._job.meet(self._stop)
+            self._job.barrier(self._stop)
             command: Command = self._job.broadcast(None, 0)
             if isinstance(command, End):
                 return command.code
@@ -125,7 +125,7 @@ class _Server:
             reply = EvaluationReply(metrics)
         except StopRequested:
             reply = EvaluationReply({}, self._level())
-        self._job.meet(self._stop)
+        self._job.barrier(self._stop)
         self._job.broadcast(reply, self._job.trainers)
 
     def _level(self) -> Stop:

@@ -138,7 +138,7 @@ class SplitJob:
     def receive(self, peer: int, request: StopRequest) -> Any:
         """Wait for the next object that a rank of the other side has posted to this one, and return it.
 
-        Arguments and errors as of `meet`.
+        Arguments and errors as of `barrier`.
         """
         received: Future[bytes] = Future()
         # In a thread: gloo's receive can only block, and unlike a barrier it cannot be polled.
@@ -161,7 +161,7 @@ class SplitJob:
         except RuntimeError as error:
             received.set_exception(error)
 
-    def meet(self, request: StopRequest, group: dist.ProcessGroup | None = None) -> None:
+    def barrier(self, request: StopRequest, group: dist.ProcessGroup | None = None) -> None:
         """Wait until all ranks of the group have called this.  A collective of the group.
 
         The watchdog is deferred as long as any rank of the job makes progress.
@@ -190,7 +190,7 @@ class SplitJob:
             self._raise_ended(error)
 
     def _wait(self, is_done: Callable[[], bool], request: StopRequest) -> None:
-        """Poll ``is_done`` for as long as any rank makes progress; arguments and errors as of `meet`."""
+        """Poll ``is_done`` for as long as any rank makes progress; arguments and errors as of `barrier`."""
         last_steps = -1
         next_look = 0.0
         while not is_done():
