@@ -445,7 +445,7 @@ if __name__ == "__main__":
         gradients |= {f"{cut}, {name}": differences(ours[name], policy[name]) for name in policy}
     parts = {}
     sharded = "parallel={overlap: true, distributed_optimizer: true}"
-    for name in ("", "parallel.tp=2", "parallel.cp=2", "parallel.pp=2", "parallel={pp: 2, vpp: 2}", sharded):
+    for name in ("", "parallel.tp=2", "parallel.cp=2", "parallel={pp: 2, vpp: 2}", sharded):
         parts[name] = part_gradients("sequence", *filter(None, [name]))
     for reduction in ("token", "constant", "pack"):
         parts[reduction] = part_gradients(reduction)

@@ -57,7 +57,7 @@ CHOSEN = ("algorithm.prompt_replay=0.9", "algorithm.prompt_cooldown=1", "algorit
 
 # Responses that come in parts, two prompts each; and the same in one part.
 PARTS = (
-    *("algorithm.estimator=grpo", "prompts=6", "rollout.max_num_seqs=4", "iterations=3"),
+    *("algorithm.estimator=grpo", "prompts=6", "rollout.max_num_seqs=4", "iterations=2"),
     "algorithm.kl_coefficient=0.01",
 )
 
@@ -325,7 +325,6 @@ if __name__ == "__main__":
                 code = train("stopped", *in_parts)
         (out / f"stopped.{world.job.side}.txt").write_text(str(code))
         train("stopped", *in_parts)
-        resume("parts", "parts_resumed", 1, *in_parts)
         train("shared", *in_parts, "rollout.schedule=shared", "model.lora.rank=2", "offload=true")
     elif part == "first":
         with checked_updates("turns"):

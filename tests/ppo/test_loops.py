@@ -187,7 +187,7 @@ def test_gradients_do_not_depend_on_the_cut(runs: Path) -> None:
 def test_gradients_of_parts_add_up_to_those_of_the_iteration(runs: Path) -> None:
     found = json.loads((runs / "parts.json").read_text())
     print(found)
-    assert len(found) == 9
+    assert len(found) == 8
     for name, cut in found.items():
         assert cut["error"] <= 1e-6 and cut["loss"] <= 1e-6 and cut["size"] > 1e-6, (name, cut)
 
