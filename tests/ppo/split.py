@@ -152,14 +152,13 @@ def refused_prompt(iteration: int, prompt: int) -> Iterator[None]:
 
 @contextmanager
 def timed_parts(name: str) -> Iterator[None]:
-    """Write when gradients of a part were computed, and when an engine made a step, within the block."""
+    """Write when gradients of a part, steps of the policy and of an engine began within the block."""
     times: list[tuple[str, float]] = []
 
     def record(work: Any, what: str) -> Any:
         def run(*arguments: Any, **options: Any) -> Any:
-            result = work(*arguments, **options)
             times.append((what, time.time()))
-            return result
+            return work(*arguments, **options)
 
         return run
 

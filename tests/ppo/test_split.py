@@ -198,7 +198,7 @@ def test_gradients_of_a_part_are_computed_while_others_are_generated(streamed: P
     engine_steps = [moment for _, moment in generated]
     for iteration in range(2):
         moments = [moment for _, moment in learned[4 * iteration : 4 * iteration + 4]]
-        # The engine goes on after the first part is learned from, and not after the last.
+        # The engine goes on when the gradients of the first part begin, and not when those of the last do.
         before = learned[4 * iteration - 1][1] if iteration else 0.0
         steps = [moment for moment in engine_steps if before < moment < moments[3]]
         assert moments[0] < max(steps) < moments[2]
