@@ -44,8 +44,8 @@ FITTED_SEED, MEASURED_SEED = 11, 12
 MODES = (
     Mode("static", generators=1),
     Mode("static", staleness=1, generators=1),
-    Mode("static", generators=1, parts=3),
     Mode("static", oversample=0.5, staleness=2, generators=1),
+    Mode("static", generators=1, parts=3),
 )
 
 
@@ -186,22 +186,24 @@ def run_rank(iterations: int, prompts: int) -> None:
         make_tiny_model(folder / "model", tied=True, seed=1)
     world.job.broadcast(None, 0)
     config = make_config(folder, prompts)
-    # Without a critic: its values would have training wait for all responses.
-    algorithm = replace(config.algorithm, estimator="grpo", critic_warmup_iterations=0)
-    config = replace(config, algorithm=algorithm)
     rollout = replace(config.rollout, max_num_seqs=ENGINE_SEQS)
     settings = replace(config.run, save_every=10_000, peak_tflops=1.0)
     config = replace(config, rollout=rollout, run=settings, iterations=iterations)
     side = Side(StepTimes(), [], [], [], [])
     watch(side)
+    # Parts are without a critic, whose values would have training wait for all responses.
+    algorithm = replace(config.algorithm, estimator="grpo", critic_warmup_iterations=0)
+    grpo = replace(config, algorithm=algorithm)
+    turns, ahead, *_ = MODES
     fitted = []
-    for k, mode in enumerate(MODES[:2]):
-        fitted.append(fit(world, run(world, config, mode, FITTED_SEED, f"fitted{k}", side, folder), side))
+    for k, (mode, settings) in enumerate(((turns, config), (ahead, config), (ahead, grpo))):
+        fitted.append(fit(world, run(world, settings, mode, FITTED_SEED, f"fitted{k}", side, folder), side))
     for k, mode in enumerate(MODES):
-        record = run(world, config, mode, MEASURED_SEED, f"measured{k}", side, folder)
+        settings = grpo if mode.parts else config
+        record = run(world, settings, mode, MEASURED_SEED, f"measured{k}", side, folder)
         if world.job.rank == 0:
             iteration_s, idle = measured_row(record)
-            rates = fitted[1 if mode.staleness or mode.parts else 0]
+            rates = fitted[2 if mode.parts else min(mode.staleness, 1)]
             simulated_s, simulated_idle = simulated_row(config, mode, rates, record["tokens"])
             row = {"name": mode.name, "seconds": iteration_s, "simulated_s": simulated_s}
             row |= {"idle_share": idle, "simulated_idle": simulated_idle, **asdict(rates)}
