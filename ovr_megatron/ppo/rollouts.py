@@ -298,20 +298,14 @@ class Rollouts:
         config = self.config
         began = time.perf_counter()
         counters = RolloutCounters(f"counters/{name}")
-        grading = RoundGrading(self.grader, self.processor, config, rollout.prompts.rows, counters)
-        if self.part_sender:
-            grading.after_verdicts = partial(self.part_sender.send_graded, grading, rollout.prompts)
-        round_responses = RoundResponses(config.responses, self._version_of(iteration), work.groups)
+        grading = self._grading(rollout, counters)
+        responses = RoundResponses(config.responses, self._version_of(iteration), work.groups)
         barrier = WorkBarrier(name, self.stop)
         needed = min(len(indices), config.prompts)
         continues = rollout.restarted is not None
         cut = self._cut(name, needed, continues) if needed < len(indices) else None
-        engine_round = EngineRound(
-            self.engine, round_responses, grading, cut, barrier, iteration, self.leads, continues
-        )
-        started_responses = config.responses + config.rollout.extra_responses
-        slots = config.rollout.max_num_seqs
-        queue = PromptQueue(work, name, started_responses, slots, self.replicas, self.engine.agree)
+        engine_round = EngineRound(self.engine, responses, grading, cut, barrier, iteration, self.leads, continues)
+        queue = self._open_queue(work, name)
 
         def take_requests(unfinished: int) -> list[tuple[int, Prompt]]:
             requests = []
@@ -320,7 +314,7 @@ class Rollouts:
                 self.part_sender.begin(len(taken))
             for prompt, template in self._engine_prompts(taken, rollout, iteration):
                 prompt_tokens = len(rollout.prompts.sample(prompt))
-                requests += round_responses.requests(prompt, template, rollout.limit, prompt_tokens)
+                requests += responses.requests(prompt, template, rollout.limit, prompt_tokens)
             return requests
 
         title = f"generating {iteration}"
@@ -341,13 +335,26 @@ class Rollouts:
         barrier.wait()
         rollout.timeline.end("wait")
         if cut:
-            self._leave_out(rollout, cut.postponed(indices, list(problems), self.leads), cut, round_responses)
+            self._leave_out(rollout, cut.postponed(indices, list(problems), self.leads), cut, responses)
         left_out = set(rollout.postponed + rollout.unfinished)
         # All ranks, so that all stop where one source has hardly any verdict.
         self.failures.add(gather_objects(grading.count_verdicts(left_out)))
         self._record_judges(rollout)
         self._record_idle_time(rollout, RankTimes(generate_s, time.perf_counter() - began, len(problems)))
         return grading.responses_without(left_out)
+
+    def _grading(self, rollout: Rollout, counters: RolloutCounters) -> RoundGrading:
+        """Return the grading of a round, which sends parts as they are graded where there is a sender."""
+        grading = RoundGrading(self.grader, self.processor, self.config, rollout.prompts.rows, counters)
+        if self.part_sender:
+            grading.after_verdicts = partial(self.part_sender.send_graded, grading, rollout.prompts)
+        return grading
+
+    def _open_queue(self, work: RoundWork, name: str) -> PromptQueue:
+        """Open the queue from which this rank's engine takes its prompts of a round."""
+        rollout = self.config.rollout
+        started_responses = self.config.responses + rollout.extra_responses
+        return PromptQueue(work, name, started_responses, rollout.max_num_seqs, self.replicas, self.engine.agree)
 
     def _cut(self, name: str, needed: int, continues: bool) -> RoundCut:
         """Return the cut of a round that trains on ``needed`` prompts; ``continues``: the next one goes on with it."""
