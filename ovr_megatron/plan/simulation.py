@@ -27,7 +27,7 @@ _STEADY_ITERATIONS = 8  # the same where prompts go over from one iteration to a
 _SHOWN_ROUNDS = 3  # of the timeline
 _PROMPT_SHARE = 8  # a prompt takes an eighth of the mean of prompt and response, where none is measured
 _VERDICT_S = 0.0003  # of a worker: docs/algorithms.md, "What an iteration costs"
-_STREAM_PARTS = 8
+_STREAM_PARTS = 8  # where the recipe has no value
 OVERSAMPLE = (0.25, 0.5, 1.0)
 STALENESS = (1, 2)
 
