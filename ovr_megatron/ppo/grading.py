@@ -110,17 +110,20 @@ class RoundGrading:
 
     def take_verdicts(self, wait: bool) -> None:
         """Write the verdicts that are there into their responses; ``wait`` for at least one."""
+        reward = 0.0
         for key, verdict in self._grader.collect(wait):
-            self._write(key, verdict)
+            reward += self._write(key, verdict)
+        # Once for all of them: the store may be on another node, and the engine waits meanwhile.
+        self._counters.add_reward(reward)
         if self.after_verdicts:
             self.after_verdicts()
 
-    def _write(self, key: Any, verdict: Verdict) -> None:
+    def _write(self, key: Any, verdict: Verdict) -> float:
+        """Write a verdict into its response; return the reward."""
         response = self.responses[key]
         source = self._rows[response.prompt].source
         self._verdicts[key] = (source, verdict)
-        reward = write_verdict(response, verdict, self._rule_for(source))
-        self._counters.add_reward(reward)
+        return write_verdict(response, verdict, self._rule_for(source))
 
     def _rule_for(self, source: str) -> RewardRule:
         """Return the rule by which responses to rows of ``source`` are graded."""

@@ -32,6 +32,7 @@ from ovr_megatron.errors import UserError
 from ovr_megatron.rewards.judge_templates import read_verdict
 from ovr_megatron.runtime.chat_messages import Completion, Question
 from ovr_megatron.runtime.endpoint import Endpoint
+from ovr_megatron.runtime.environment import lower_priority
 from ovr_megatron.runtime.journal import Journal
 from ovr_megatron.runtime.kernel_lock import try_lock
 
@@ -263,6 +264,7 @@ def serve(lines: TextIO, out: TextIO) -> None:
 
 def main() -> None:
     """Serve stdin until it is closed."""
+    lower_priority()
     # Ctrl-C, and Slurm's warning to every process of a step, are for the trainer, which closes stdin when it stops.
     for interruption in (signal.SIGINT, signal.SIGTERM):
         signal.signal(interruption, signal.SIG_IGN)

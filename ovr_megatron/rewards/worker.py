@@ -25,6 +25,7 @@ from ovr_megatron.rewards.grader import grade
 from ovr_megatron.rewards.request_json import request_from_json
 from ovr_megatron.rewards.rules import rule
 from ovr_megatron.rewards.verdict import WALL_FACTOR, GradeRequest
+from ovr_megatron.runtime.environment import lower_priority
 
 
 def limit_memory(mebibytes: int) -> None:
@@ -65,6 +66,7 @@ def main() -> None:
     parser.add_argument("--timeout-s", type=float, default=0.0, help="seconds of CPU time for a verdict (0: no limit)")
     parser.add_argument("--memory-mib", type=int, default=1024, help="address space of this process")
     args = parser.parse_args()
+    lower_priority()
     limit_memory(args.memory_mib)
     # The default action ends the process, even inside a long multiplication; a Python handler would wait for its end.
     for alarm in (signal.SIGALRM, signal.SIGPROF):

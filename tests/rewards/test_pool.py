@@ -190,11 +190,13 @@ def test_ctrl_c_leaves_nothing_to_the_next_call():
         assert time.monotonic() - began < 25
 
 
-def test_workers_are_bounded_in_memory_and_gone_after_the_pool():
+def test_workers_are_bounded_in_memory_yield_to_the_trainer_and_are_gone_after_the_pool():
     with GraderPool(workers=1, memory_mib=700) as pool:
         pool.grade([RIGHT])
         pids = pids_of(pool)
         limits = [Path(f"/proc/{pid}/limits").read_text() for pid in pids]
+        niceness = [os.getpriority(os.PRIO_PROCESS, pid) for pid in pids]
+    assert niceness == [min(os.getpriority(os.PRIO_PROCESS, 0) + 10, 19)] * len(pids)
     for text in limits:
         assert any(line.split()[3:5] == [str(700 << 20)] * 2 for line in text.splitlines() if "address space" in line)
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)

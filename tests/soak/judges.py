@@ -1,8 +1,9 @@
 """Seconds that judges add to the generation of an iteration: ``tests/soak/judges.py [--prompts N] [--responses N]``.
 
 Rounds whose responses are graded by a rule and rounds whose responses are judged by a server on this machine, which
-answers after a latency, are measured in turns, each pair with the same prompts. Every response counts as finished, so
-that all are graded. Exits 1 if the judged rounds take more than 5 % longer, or a response has no verdict.
+answers after a latency, are measured in turns, each pair with the same prompts and in the reverse order of the pair
+before: a machine that becomes slower or faster over the minutes so changes both alike. Every response counts as
+finished, so that all are graded. Exits 1 if the judged rounds take more than 5 % longer, or a response has no verdict.
 """
 
 from __future__ import annotations
@@ -91,16 +92,19 @@ def compare(folder: Path, url: str, arguments: argparse.Namespace) -> int:
     with ruled_graders, start_graders(judged, world) as judged_graders:
         for pair in range(arguments.pairs + 1):
             count = arguments.prompts if pair else 16  # the first one warms up
-            # In turns, as the machine may be faster at one time than at another.
-            rollouts.grader = ruled_graders
-            seconds, _ = measure(rollouts, replace(ruled, prompts=count), pair)
-            rollouts.grader = judged_graders
-            seconds_judged, metrics = measure(rollouts, replace(judged, prompts=count), pair)
+            kinds = ["rule", "judge"] if pair % 2 else ["judge", "rule"]
+            for kind in kinds:
+                is_judged = kind == "judge"
+                rollouts.grader = judged_graders if is_judged else ruled_graders
+                config = replace(judged if is_judged else ruled, prompts=count)
+                seconds, round_metrics = measure(rollouts, config, pair)
+                if is_judged:
+                    metrics = round_metrics
+                if pair:
+                    (judged_seconds if is_judged else ruled_seconds).append(seconds)
+                    print(f"pair {pair}: {kind} {seconds:.2f} s", flush=True)
             if pair:
-                ruled_seconds.append(seconds)
-                judged_seconds.append(seconds_judged)
                 after.append(metrics["timing/grade_after"])
-                print(f"pair {pair}: rule {seconds:.2f} s, judge {seconds_judged:.2f} s", flush=True)
     count = arguments.prompts * arguments.responses
     requests = metrics["grading/judge_requests"]
     added = sum(judged_seconds) / sum(ruled_seconds) - 1
