@@ -57,7 +57,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=64, help="of a round")
     parser.add_argument("--responses", type=int, default=16, help="to each prompt")
-    parser.add_argument("--pairs", type=int, default=2, help="of a round with a rule and one with a judge")
+    parser.add_argument("--pairs", type=int, default=2, help="of a round with a rule and one with a judge; even")
     parser.add_argument("--latency-s", type=float, default=0.2, help="of the server")
     arguments = parser.parse_args()
     server = subprocess.Popen(
