@@ -72,7 +72,7 @@ def pretrain_values(folder: Path, start: str, seed: int) -> Path:
     stored, values = folder / "stored_rollouts", folder / "values"
     if not (stored / f"rollouts/{STORED_ITERATIONS - 1:06d}.jsonl").exists():
         launch("rl", "tiny_rl", stored, STORED_ITERATIONS, *common, "only=rollout")
-    # Half the rate of PPO: a step has 16 responses, whose noise twice the rate learns along.
+    # Half the rate of the recipe: a step has 16 responses, and at a higher rate their noise stays in the values.
     learn = ("only=critic", f"rollouts_from={stored}", "algorithm.critic_steps=16", "critic.optimizer.lr=1.5e-4")
     launch("rl", "tiny_rl", values, STORED_ITERATIONS, *common, *learn)
     return values / f"checkpoints/step_{STORED_ITERATIONS:06d}"
