@@ -21,7 +21,7 @@ class RolloutCounters:
         self._store.add("tokens", tokens)
 
     def add_reward(self, reward: float) -> None:
-        """Count the sum of some rewards, to a thousandth: the store adds integers."""
+        """Count a reward, or the sum of several, to a thousandth: the store adds integers."""
         if reward:
             thousandths = round(1000 * reward)
             self._store.add("reward", thousandths)

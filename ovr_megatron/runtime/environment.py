@@ -28,7 +28,7 @@ _SLURM = {
     "LOCAL_WORLD_SIZE": ("SLURM_STEP_TASKS_PER_NODE", "SLURM_NTASKS_PER_NODE"),
 }
 
-# Where no core is idle, a process with it gets a tenth of the time of another one.
+# Of a core that both need, a process with it gets a tenth of the time of one with 0.
 _NICENESS = 10
 
 
@@ -228,7 +228,7 @@ def child_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def lower_priority() -> None:
-    """Let the kernel run every other process of this node before this one, where both are ready.
+    """Have the kernel prefer the other processes of this node to this one.
 
     A reply that wakes this process would else interrupt the thread that generates, though another core is idle.
     """

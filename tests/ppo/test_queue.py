@@ -1,15 +1,24 @@
 """What a decoding step costs beside vLLM: questions to the store that all ranks share."""
 
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
+from benchmarks.tail import make_config
 from ovr_megatron.config import ParallelConfig
+from ovr_megatron.data.processing import Processor
+from ovr_megatron.data.schema import Message, Row, TextPart
+from ovr_megatron.model.tiny import make_tiny_model
 from ovr_megatron.ppo import counters, round_work
+from ovr_megatron.ppo.batch import Response
 from ovr_megatron.ppo.counters import RolloutCounters
+from ovr_megatron.ppo.grading import RoundGrading
 from ovr_megatron.ppo.round_work import PromptQueue, assign
+from ovr_megatron.rewards.pool import GradeRequest, GraderPool
 from ovr_megatron.runtime import distributed
 
 PROMPTS, RESPONSES, ROOM, STEPS = 10, 4, 16, 500
@@ -94,3 +103,22 @@ def test_the_progress_is_looked_at_once_a_second(calls: Counter[str], monkeypatc
     assert calls["responses"] == 10
     finished.show(bar, at_once=True)
     assert calls["responses"] == 11
+
+
+def test_the_rewards_of_a_step_are_one_question(calls: Counter[str], tmp_path: Path) -> None:
+    folder = make_tiny_model(tmp_path / "model")
+    config = make_config(tmp_path, prompts=1)
+    rows = [Row((Message("user", (TextPart("3 + 4?"),)),), answer="7", where="rows.jsonl:1", source="text")]
+    right = GradeRequest("\\boxed{7}", "7")
+    with GraderPool(workers=1) as pool:
+        pool.grade([right])  # the same request has its verdict at once from here on
+        name = f"rewards{id(calls)}"
+        grading = RoundGrading(pool, Processor(folder, config.data), config, rows, RolloutCounters(name))
+        for sample in range(RESPONSES):
+            logprobs = np.zeros(1, np.float32)
+            grading.responses[0, sample] = Response(0, sample, [1], logprobs, stopped=True, text=right.response)
+            pool.submit((0, sample), right)
+        grading.take_verdicts(wait=True)
+        grading.take_verdicts(wait=False)  # of a step without a verdict
+    assert calls["reward"] == 1
+    assert distributed.default_store(name).add("reward", 0) == 1000 * RESPONSES

@@ -60,6 +60,8 @@ def main() -> int:
     parser.add_argument("--pairs", type=int, default=2, help="of a round with a rule and one with a judge; even")
     parser.add_argument("--latency-s", type=float, default=0.2, help="of the server")
     arguments = parser.parse_args()
+    if arguments.pairs < 2 or arguments.pairs % 2:
+        parser.error(f"--pairs {arguments.pairs} has not as many of either order; give an even number")
     server = subprocess.Popen(
         [sys.executable, str(SERVER), "--latency-s", str(arguments.latency_s)], stdout=subprocess.PIPE, text=True
     )
@@ -86,32 +88,30 @@ def compare(folder: Path, url: str, arguments: argparse.Namespace) -> int:
     rollouts = build_rollouts(ruled, model_folder, stream.processor, models)
     finish_all()
     ruled_graders = rollouts.grader
-    ruled_seconds = []
-    judged_seconds = []
+    seconds: dict[str, list[float]] = {"rule": [], "judge": []}
     after = []
     with ruled_graders, start_graders(judged, world) as judged_graders:
+        sides = {"rule": (ruled, ruled_graders), "judge": (judged, judged_graders)}
         for pair in range(arguments.pairs + 1):
             count = arguments.prompts if pair else 16  # the first one warms up
-            kinds = ["rule", "judge"] if pair % 2 else ["judge", "rule"]
-            for kind in kinds:
-                is_judged = kind == "judge"
-                rollouts.grader = judged_graders if is_judged else ruled_graders
-                config = replace(judged if is_judged else ruled, prompts=count)
-                seconds, round_metrics = measure(rollouts, config, pair)
-                if is_judged:
-                    metrics = round_metrics
-                if pair:
-                    (judged_seconds if is_judged else ruled_seconds).append(seconds)
-                    print(f"pair {pair}: {kind} {seconds:.2f} s", flush=True)
-            if pair:
-                after.append(metrics["timing/grade_after"])
+            for side in ("rule", "judge") if pair % 2 else ("judge", "rule"):
+                config, rollouts.grader = sides[side]
+                round_seconds, metrics = measure(rollouts, replace(config, prompts=count), pair)
+                if not pair:
+                    continue
+                seconds[side].append(round_seconds)
+                print(f"pair {pair}: {side} {round_seconds:.2f} s", flush=True)
+                if side == "judge":
+                    judge_metrics = metrics
+                    after.append(metrics["timing/grade_after"])
     count = arguments.prompts * arguments.responses
-    requests = metrics["grading/judge_requests"]
-    added = sum(judged_seconds) / sum(ruled_seconds) - 1
+    requests = judge_metrics["grading/judge_requests"]
+    rule_s, judge_s = (sum(side_seconds) / arguments.pairs for side_seconds in seconds.values())
+    added = judge_s / rule_s - 1
     print(
         f"{count} responses a round, latency {arguments.latency_s:g} s, {requests:.0f} requests in the last one: rule "
-        f"{sum(ruled_seconds) / len(ruled_seconds):.2f} s, judge {sum(judged_seconds) / len(judged_seconds):.2f} s "
-        f"({added:+.1%}), of these {sum(after) / len(after):.2f} s after the last response"
+        f"{rule_s:.2f} s, judge {judge_s:.2f} s ({added:+.1%}), of these {sum(after) / len(after):.2f} s after the "
+        "last response"
     )
     distributed.finish()
     return int(added > BOUND)
