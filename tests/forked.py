@@ -42,8 +42,8 @@ def _listen(path: str) -> None:
     import ovr_megatron.curation.prepare
     import ovr_megatron.data_checks
     import ovr_megatron.plan.report
-    import ovr_megatron.rl.training
     import ovr_megatron.verify  # noqa: F401
+    import tests.preload  # noqa: F401
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that answer
     with socket.socket(socket.AF_UNIX) as listener:

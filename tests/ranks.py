@@ -1,8 +1,10 @@
 """Launch ranks as forks of one process that has imported the libraries, in place of ``torchrun``.
 
 Torch, Megatron and vLLM take a core fifteen seconds to import, which a launch of four ranks would do four times.
+tests/preload.py says what is imported.
 """
 
+import functools
 import multiprocessing
 import os
 import runpy
@@ -18,7 +20,7 @@ from ovr_megatron.runtime import environment
 from tests.slurm.cluster import shell_environment
 
 ROOT = Path(__file__).resolve().parents[1]
-LIBRARIES = ["ovr_megatron.coldstart.training", "ovr_megatron.rl.training"]
+LIBRARIES = ["tests.preload"]
 
 
 def launch(script: Path, *arguments: object, ranks: int, timeout_s: float = 900) -> None:
@@ -27,7 +29,7 @@ def launch(script: Path, *arguments: object, ranks: int, timeout_s: float = 900)
     Raises:
         AssertionError: a rank failed, with the end of what the ranks wrote, or they took longer than ``timeout_s``.
     """
-    _start_server()
+    start_server()
     context = multiprocessing.get_context("forkserver")
     with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
         output = Path(folder) / "output"
@@ -46,8 +48,9 @@ def launch(script: Path, *arguments: object, ranks: int, timeout_s: float = 900)
         assert not any(codes), f"{script.name}: exit codes {codes}\n{output.read_text(errors='replace')[-5000:]}"
 
 
-def _start_server() -> None:
-    """Start the process that is forked, once, in the environment of a user's shell."""
+@functools.cache
+def start_server() -> None:
+    """Start the process that is forked, once, in the environment of a user's shell; no other thread may run."""
     previous = dict(os.environ)
     search = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
     try:

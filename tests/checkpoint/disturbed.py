@@ -169,7 +169,7 @@ def scenarios(out: Path) -> dict[str, Any]:
     codes["usr1"] = Run(out / "signals", partial(warn, number=signal.SIGUSR1, victim=1, step=0)).codes()
     codes["term"] = Run(out / "signals", partial(warn, number=signal.SIGTERM, victim=0, step=2)).codes()
     codes["signals"] = Run(out / "signals").codes()
-    # It mostly sleeps, so the next runs are made beside it.
+    # It mostly sleeps, as do those that hang: the next runs are made beside them.
     slow = Run(
         out / "slow", partial(slow_steps, steps=50, seconds=1.0), "run.hang_timeout_s=20", "iterations=2", stage="rl"
     )
@@ -184,14 +184,13 @@ def scenarios(out: Path) -> dict[str, Any]:
     codes["second"] = Run(out / "locked", name="_second").codes()
     go.touch()
     codes["first"] = first.codes()
-    codes["slow"] = slow.codes()
     waiting = {
+        "slow": slow,
         "hang": Run(out / "hang", hang, "run.hang_timeout_s=15"),
         "hang_in_start": Run(out / "hang_in_start", hang_in_start, "run.hang_timeout_s=15"),
         "absent": Run(out / "absent", None, "run.hang_timeout_s=5", ranks=1),
         "elsewhere": Run(out / "elsewhere", elsewhere, "run.hang_timeout_s=5"),
     }
-    codes |= {name: run.codes() for name, run in waiting.items()}
     codes["full"] = Run(out / "full", full_disk).codes()
     codes["full_stop"] = Run(out / "full_stop", full_disk, "run.stop_on_failed_save=true").codes()
     codes |= without_room(out)
@@ -200,6 +199,7 @@ def scenarios(out: Path) -> dict[str, Any]:
     stopping = "optimizer.stop_after_skipped=2"
     codes["diverge"] = Run(out / "diverge", partial(bad_gradient, steps=range(3, 6)), stopping).codes()
     codes |= with_other_folders(out)
+    codes |= {name: run.codes() for name, run in waiting.items()}
     codes["other_stage"] = Run(out / "whole", name="_other_stage", stage="rl").codes()
     shutil.copytree(out / "whole", out / "other")
     shutil.rmtree(out / f"other/checkpoints/step_{STEPS:06d}")

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from ovr_megatron.data.sources import open_source
 from ovr_megatron.families import family_of_folder
 from ovr_megatron.launch import RECIPES
 from ovr_megatron.model.tiny import make_tiny_model
+from tests.ranks import launch
 from tests.recipes.launch import LONGEST, model_family, rows_of, scale_down
 
 pytestmark = pytest.mark.both_cores
@@ -44,12 +43,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lines = [json.dumps(row_to_json(rows[index])) for index in range(24)]
         assert all(('"image"' in line) == (name != "texts") for line in lines)
         (out / f"{name}.jsonl").write_text("\n".join(lines))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [str(ROOT / "tests/recipes/launch.py"), str(out), *NAMES]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}  # graders import the reward from it
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=900)
-    assert done.returncode == 0, done.stderr[-4000:]
-    print(*(line for line in done.stdout.splitlines() if line.endswith(" s")), sep="\n")
+    launch(ROOT / "tests/recipes/launch.py", out, *NAMES, ranks=2)
     return out
 
 

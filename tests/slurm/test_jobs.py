@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from ovr_megatron.cli import slurm
 from ovr_megatron.model.tiny import make_tiny_model
+from tests.ranks import launch, start_server
 from tests.slurm.cluster import Cluster, missing, shell_environment
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -148,8 +149,8 @@ class Jobs:
         (self.folder / name / "output").write_text((self.cluster.folder / f"{name}.out").read_text())
 
 
-def disturb_cold_start(jobs: Jobs, stack: ExitStack) -> BashRun:
-    """Run ``job``, which is preempted and loses a node, and ``broken``; return PPO's undisturbed run, still at work."""
+def disturb_cold_start(jobs: Jobs) -> None:
+    """Run ``job``, which is preempted and loses a node, ``broken``, and PPO undisturbed."""
     cluster, run = jobs.cluster, jobs.folder / "job"
     job = jobs.submit("job", COLD_START, *arguments(run), **settings(jobs.model))
     (jobs.folder / "broken").mkdir()
@@ -165,11 +166,10 @@ def disturb_cold_start(jobs: Jobs, stack: ExitStack) -> BashRun:
     jobs.wait(lambda: checkpointed(run) > reached, "the requeued job")
     cluster.kill_node(cluster.hosts(job)[-1])
     # Slurm takes most of a minute to give up the node and to start the job again.
-    rl_alone = BashRun(RL, rl_arguments(jobs.folder / "rl_alone"), rl_settings(jobs.model))
-    stack.callback(rl_alone.stop)
+    words = [*rl_arguments(jobs.folder / "rl_alone"), f"model.path={jobs.model}"]
+    launch(ROOT / "ovr_megatron/rl/__main__.py", "--config-name", "tiny_rl", *words, ranks=2, timeout_s=2 * LIMIT_S)
     jobs.wait(lambda: jobs.has_ended(job), "the end of the job")
     jobs.keep("job", job)
-    return rl_alone
 
 
 def disturb_ppo(jobs: Jobs, stack: ExitStack) -> BashRun:
@@ -203,17 +203,21 @@ def disturb_ppo(jobs: Jobs, stack: ExitStack) -> BashRun:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``alone`` was run by bash and not disturbed, ``job`` by Slurm, which preempted it and lost one of its nodes."""
+    """``alone`` was run by bash and not disturbed, ``job`` by Slurm, which preempted it and lost one of its nodes.
+
+    ``rl`` was run by Slurm, too, and ``rl_alone`` by ranks that this process launched.
+    """
     folder = tmp_path_factory.mktemp("slurm")
     model = make_tiny_model(folder / "model", seed=5)
     with ExitStack() as stack:
         # Six nodes: two for either stage, one for either job that cannot work; when a node is lost, none is left over.
         jobs = Jobs(stack.enter_context(Cluster(folder / "cluster", nodes=6)), folder, model)
-        # Both mostly wait for Slurm.
+        start_server()  # before there are threads: it changes this process's environment for a moment
         with ThreadPoolExecutor(2) as pool:
-            undisturbed = [pool.submit(disturb, jobs, stack) for disturb in (disturb_cold_start, disturb_ppo)]
-        for run in undisturbed:
-            run.result().finish()
+            cold_start = pool.submit(disturb_cold_start, jobs)
+            alone = pool.submit(disturb_ppo, jobs, stack)
+        cold_start.result()
+        alone.result().finish()
     return folder
 
 
