@@ -11,7 +11,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
@@ -134,7 +134,7 @@ class Endpoint:
                 if len(pending) < 2 * self._config.concurrency:
                     continue
                 done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                for completion in _completions(done):
+                for completion in _completions(done, pending):
                     failures = self._count_failures(failures, completion)
                     yield completion
             for completion in _completions(wait(pending).done if pending else ()):
@@ -379,8 +379,18 @@ class Endpoint:
         return printable(text)[:_EXCERPT]
 
 
-def _completions(done: Iterable[Future[Completion | None]]) -> Iterator[Completion]:
-    for future in done:
-        completion = future.result()
-        if completion is not None:
-            yield completion
+def _completions(
+    done: Collection[Future[Completion | None]],
+    pending: Collection[Future[Completion | None]] = (),
+) -> Iterator[Completion]:
+    """Yield completions of ``done``, answers first; with an error there also what ``pending`` has, then raise it.
+
+    An answer is paid for: it must not be lost to the refusal or the failure of another question.
+    """
+    refused = [future for future in done if future.exception()]
+    ended = [*done, *(future for future in pending if refused and future.done())]
+    completions = [future.result() for future in ended if not future.exception()]
+    made = [completion for completion in completions if completion is not None]
+    yield from sorted(made, key=lambda completion: not completion.final)
+    for future in refused:
+        future.result()

@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,9 @@ from ovr_megatron.curation.prepare import prepare
 from ovr_megatron.curation.reward_rules import judge_settings
 from ovr_megatron.curation.settings import PrepareConfig, TeacherConfig
 from ovr_megatron.evaluation.judge_settings import JudgeConfig
-from ovr_megatron.runtime.chat_messages import Question
+from ovr_megatron.runtime.chat_messages import Completion, Question
 from ovr_megatron.runtime.chat_replies import retry_after
-from ovr_megatron.runtime.endpoint import Endpoint, EndpointError
+from ovr_megatron.runtime.endpoint import Endpoint, EndpointError, _completions
 from ovr_megatron.runtime.terminal import printable
 from tests.curation.teacher_server import KEY, Teacher
 
@@ -135,6 +136,24 @@ def test_an_endpoint_that_only_fails_ends_the_run(config: PrepareConfig, server:
     failing = replace(config, teacher=replace(config.teacher, attempts=1, concurrency=2))
     with pytest.raises(EndpointError, match=r"the last 9 questions .* failed, .*HTTP 503.*run again"):
         prepare(failing)
+
+
+def test_answers_are_not_lost_to_the_refusal_of_another_question() -> None:
+    refused: Future[Completion | None] = Future()
+    refused.set_exception(EndpointError("HTTP 403"))
+    futures: list[Future[Completion | None]] = [refused, Future(), Future(), Future()]
+    for number, future in enumerate(futures[1:]):
+        future.set_result(Completion(number, text="yes"))
+    at_work: Future[Completion | None] = Future()
+    completions = _completions(futures[:3], [futures[3], at_work])
+    assert [next(completions).key for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(EndpointError, match="HTTP 403"):
+        next(completions)
+    answered, failed = Completion(7, text="yes"), Completion(8, error="HTTP 503", final=False)
+    futures = [Future(), Future()]
+    futures[0].set_result(failed)
+    futures[1].set_result(answered)
+    assert list(_completions(futures)) == [answered, failed]  # a failure may be the one that ends the run
 
 
 def test_no_stage_starts_anew_for_another_address_key_or_speed() -> None:
