@@ -28,7 +28,7 @@ OVR_TEST_WHOLE=1 .venv/bin/python -m pytest -q tests/model/test_layouts.py tests
 .venv/bin/python tests/soak/mutants.py
 .venv/bin/python tests/soak/tail.py
 .venv/bin/python tests/soak/judges.py
-for comparison in methods rounds "critic --iterations 20"; do
+for comparison in methods rounds "critic --iterations 20" "critic_1024 --iterations 20"; do
     # Words of their own: the last one names its iterations, too.
     # shellcheck disable=SC2086
     .venv/bin/python tests/soak/algorithms.py --run "${SOAK_DIR:-runs/soak}/algorithms" --out docs/images --compare $comparison

@@ -3,11 +3,13 @@
     python tests/soak/algorithms.py --run runs/algorithms --out docs/images [--iterations 60] [--seeds 1 2 3]
     python tests/soak/algorithms.py --run runs/algorithms --out docs/images --compare rounds
     python tests/soak/algorithms.py --run runs/algorithms --out docs/images --compare critic --iterations 20
+    python tests/soak/algorithms.py --run runs/algorithms --out docs/images --compare critic_1024 --iterations 20
 
 `methods`, the default, compares PPO, GRPO and RLOO, with the settings of their rows in docs/algorithms.md.  `rounds`
 compares rounds of PPO that wait for every response with tail batching and with partial rollouts at staleness 1.
 `critic` compares PPO whose critic starts from the policy's weights with PPO whose values were pretrained on rollouts
-of the cold start, each with the paper's advantages and with those of `algorithm.lam_policy=0.95`.
+of the cold start, each with the paper's advantages and with those of `algorithm.lam_policy=0.95`.  `critic_1024` does
+so with the latter, and with 1,024 responses an iteration instead of 256, so that a run varies less.
 
 Every seed has its own base model and cold start, from which all variants set out with as many responses an
 iteration.  What is there already is not done again, so the command can be stopped and given again.
@@ -45,15 +47,14 @@ ROUNDS = {
     "tail batching": TAIL_BATCHING,
     "staleness 1": (*TAIL_BATCHING, "rollout.max_staleness=1", "algorithm.correction=token_truncate"),
 }
-# Four times the responses: with 256 the reward of a run moves by 0.1 for no cause that matters.
-LARGE_ROUNDS = ("prompts=512", "responses=2")
 CRITIC = {
-    "fresh critic": (*LARGE_ROUNDS, "algorithm.critic_warmup_iterations=0"),
-    "pretrained critic": (*LARGE_ROUNDS, "algorithm.critic_warmup_iterations=0", "critic.path={values}"),
+    "fresh critic": ("algorithm.critic_warmup_iterations=0",),
+    "pretrained critic": ("algorithm.critic_warmup_iterations=0", "critic.path={values}"),
 }
 # Advantages that trust the values, as in VC-PPO (arXiv 2503.01491).
-CRITIC |= {f"{name}, lam_policy 0.95": (*settings, "algorithm.lam_policy=0.95") for name, settings in CRITIC.items()}
-STORED_ITERATIONS = 48  # of one policy, on whose responses the values are pretrained
+TRUSTED_VALUES = {f"{name}, lam_policy 0.95": (*rest, "algorithm.lam_policy=0.95") for name, rest in CRITIC.items()}
+# Of the rollouts of one policy, on which the values are pretrained: sizes, iterations, steps of the critic in each.
+STORED = {"critic": (WITH_CRITIC, 96, 16), "critic_1024": (("prompts=512", "responses=2"), 48, 32)}
 COLOURS = ("#d9652b", "#3a7cbd", "#1d7a46", "#7d55a8")
 WINDOW = 5  # iterations of the moving average
 
@@ -67,17 +68,18 @@ def launch(module: str, recipe: str, run: Path, last: int, *settings: str) -> No
     subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}, check=True)
 
 
-def pretrain_values(folder: Path, start: str, seed: int) -> Path:
+def pretrain_values(comparison: str, folder: Path, start: str, seed: int) -> Path:
     """Train the critic alone on stored rollouts of the cold start; return its last checkpoint."""
+    sizes, iterations, steps = STORED[comparison]
     # Another seed than that of PPO: the critic must not have seen the prompts with which PPO begins.
-    common = (start, f"run.seed={seed + 100}", f"iterations={STORED_ITERATIONS}", "run.keep_last=1", *LARGE_ROUNDS)
+    common = (start, f"run.seed={seed + 100}", f"iterations={iterations}", "run.keep_last=1", *sizes)
     stored, values = folder / "stored_rollouts", folder / "values"
-    if not (stored / f"rollouts/{STORED_ITERATIONS - 1:06d}.jsonl").exists():
-        launch("rl", "tiny_rl", stored, STORED_ITERATIONS, *common, "only=rollout")
-    # Half the rate of the recipe: a step has 32 responses, and at a higher rate their noise stays in the values.
-    learn = ("only=critic", f"rollouts_from={stored}", "algorithm.critic_steps=32", "critic.optimizer.lr=1.5e-4")
-    launch("rl", "tiny_rl", values, STORED_ITERATIONS, *common, *learn)
-    return values / f"checkpoints/step_{STORED_ITERATIONS:06d}"
+    if not (stored / f"rollouts/{iterations - 1:06d}.jsonl").exists():
+        launch("rl", "tiny_rl", stored, iterations, *common, "only=rollout")
+    # Half the rate of the recipe: a step has 16 or 32 responses, and at a higher rate their noise stays in the values.
+    learn = ("only=critic", f"rollouts_from={stored}", f"algorithm.critic_steps={steps}", "critic.optimizer.lr=1.5e-4")
+    launch("rl", "tiny_rl", values, iterations, *common, *learn)
+    return values / f"checkpoints/step_{iterations:06d}"
 
 
 def read_metric(run: Path, key: str) -> list[float]:
@@ -89,7 +91,7 @@ def read_metric(run: Path, key: str) -> list[float]:
 def table_row(comparison: str, run: Path) -> dict[str, str]:
     """Return the numbers of a run by the titles of their columns."""
     rewards = read_metric(run, "reward/mean")
-    if comparison == "critic":
+    if comparison in STORED:
         explained = read_metric(run, "critic/explained_variance")
         return {
             "explained variance, iteration 1": f"{explained[0]:.3f}",
@@ -104,8 +106,12 @@ def table_row(comparison: str, run: Path) -> dict[str, str]:
 
 def variants(comparison: str) -> dict[str, tuple[str, ...]]:
     """Return the settings of each variant of a comparison, by its name."""
-    if comparison != "methods":
-        return {"rounds": ROUNDS, "critic": CRITIC}[comparison]
+    if comparison == "rounds":
+        return ROUNDS
+    if comparison in STORED:
+        sizes = STORED[comparison][0]
+        chosen = CRITIC | TRUSTED_VALUES if comparison == "critic" else TRUSTED_VALUES
+        return {name: (*sizes, *rest) for name, rest in chosen.items()}
     methods = documented_methods()
     return {name: (*sizes, *(f"algorithm.{setting}" for setting in methods[name])) for name, sizes in METHODS.items()}
 
@@ -113,7 +119,7 @@ def variants(comparison: str) -> dict[str, tuple[str, ...]]:
 def main() -> None:
     """Train what is missing, then draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--compare", choices=["methods", "rounds", "critic"], default="methods")
+    parser.add_argument("--compare", choices=["methods", "rounds", *STORED], default="methods")
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--iterations", type=int, default=60)
@@ -130,7 +136,9 @@ def main() -> None:
         base = f"model.path={folder / 'base/checkpoints/step_001000'}"
         launch("coldstart", "tiny_cold_start", folder / "cold_start", 130, base, f"run.seed={seed}")
         start = f"model.path={folder / 'cold_start/checkpoints/step_000130'}"
-        values = pretrain_values(folder, start, seed) if args.compare == "critic" else None
+        if args.compare == "critic_1024":
+            folder /= "rounds_of_1024"
+        values = pretrain_values(args.compare, folder, start, seed) if args.compare in STORED else None
         for name, variant in settings.items():
             variant = [setting.replace("{values}", str(values)) for setting in variant]
             run = folder / name.lower().replace(" ", "_").replace(",", "")
