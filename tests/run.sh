@@ -21,16 +21,10 @@ check() {
         *) failed+=" $1" ;;
     esac
 }
-# The type checker takes one core a minute, so it runs beside the tests; its output comes after theirs.
-types="$(mktemp)"
-mypy </dev/null >"$types" 2>&1 &
-checker=$!
 check ruff check .
 check lint-imports --no-logo --no-cache
+check mypy
 check pytest -m "not both_cores" -n 2 --dist loadfile --no-loadscope-reorder "$@"
-echo "== mypy"
-wait "$checker" || failed+=" mypy"
-cat "$types"
 check pytest -m both_cores "$@"
 [ "$none" -lt 2 ] || failed+=" pytest (no test was chosen)"
 [ -z "$failed" ] || { echo "Failed:$failed" >&2; exit 1; }
