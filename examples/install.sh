@@ -136,7 +136,7 @@ pip_install() {
     "$venv/bin/python" -m pip --disable-pip-version-check install --progress-bar off --no-compile "$@" >>"$log" 2>&1
 }
 
-# Compiles what pip installed, on all cores; pip itself would take one core a minute for it.
+# Compiles what pip installed on all cores, where pip itself would use one.
 compile_packages() {
     # It fails over files that are written for another Python, as some packages have, and goes on with the next.
     "$venv/bin/python" -m compileall -q -j 0 "$venv"/lib/python3.1*/site-packages >>"$log" 2>&1 || true

@@ -80,19 +80,20 @@ def _become(words: list[str], folder: str, environment: dict[str, str], streams:
     os.environ.update(environment)
     sys.argv = ["ovr", *words]
     sys.path[:0] = [folder, *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
-    code = 0
+    code = 1
     try:
         runpy.run_module("ovr_megatron", run_name="__main__", alter_sys=True)
+        code = 0
     except SystemExit as end:
         if isinstance(end.code, str):
             print(end.code, file=sys.stderr)
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException:  # what a user would see, whatever it is
-        traceback.print_exc()
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    except Exception:
+        traceback.print_exc()  # as the interpreter does at the end of a command
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # whatever ended the command: a fork must not go on with the server's work
 
 
 def _ask(path: str, words: list[str]) -> int:

@@ -387,10 +387,14 @@ def _completions(
 
     An answer is paid for: it must not be lost to the refusal or the failure of another question.
     """
-    refused = [future for future in done if future.exception()]
-    ended = [*done, *(future for future in pending if refused and future.done())]
-    completions = [future.result() for future in ended if not future.exception()]
-    made = [completion for completion in completions if completion is not None]
-    yield from sorted(made, key=lambda completion: not completion.final)
-    for future in refused:
-        future.result()
+    errors = [error for error in (future.exception() for future in done) if error]
+    if errors:
+        done = [*done, *(future for future in pending if future.done())]
+    completions = []
+    for future in done:
+        completion = None if future.exception() else future.result()
+        if completion is not None:
+            completions.append(completion)
+    yield from sorted(completions, key=lambda completion: not completion.final)
+    if errors:
+        raise errors[0]

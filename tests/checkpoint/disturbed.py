@@ -169,7 +169,7 @@ def scenarios(out: Path) -> dict[str, Any]:
     codes["usr1"] = Run(out / "signals", partial(warn, number=signal.SIGUSR1, victim=1, step=0)).codes()
     codes["term"] = Run(out / "signals", partial(warn, number=signal.SIGTERM, victim=0, step=2)).codes()
     codes["signals"] = Run(out / "signals").codes()
-    # It mostly sleeps, as do those that hang: the next runs are made beside them.
+    # It mostly sleeps, so the next runs are made beside it; its exit codes are read with those of `waiting`.
     slow = Run(
         out / "slow", partial(slow_steps, steps=50, seconds=1.0), "run.hang_timeout_s=20", "iterations=2", stage="rl"
     )
@@ -184,6 +184,7 @@ def scenarios(out: Path) -> dict[str, Any]:
     codes["second"] = Run(out / "locked", name="_second").codes()
     go.touch()
     codes["first"] = first.codes()
+    # These wait for limits of time; other runs are made meanwhile, and the exit codes are read after them.
     waiting = {
         "slow": slow,
         "hang": Run(out / "hang", hang, "run.hang_timeout_s=15"),

@@ -113,9 +113,8 @@ class Run:
             run_command(partial(rl.run if isinstance(settings, RLConfig) else coldstart.run, settings))
         except SystemExit as end:
             code = int(end.code or 0)
-        except BaseException:
+        except Exception:
             traceback.print_exc()
-            raise
         finally:
             sys.stdout.flush()
             sys.stderr.flush()

@@ -29,10 +29,8 @@ STEPS, EVERY = 60, 10
 CLOCKS = ("timing/", "perf/", "memory/")
 LIMIT_S = float(os.environ.get("SLURM_TEST_LIMIT_S", "240"))
 
-pytestmark = [
-    pytest.mark.both_cores,
-    pytest.mark.skipif(bool(missing()), reason=missing() or "Slurm is there"),
-]
+LACK = missing()
+pytestmark = [pytest.mark.both_cores, pytest.mark.skipif(bool(LACK), reason=LACK)]
 
 
 def arguments(run: Path) -> list[str]:

@@ -136,6 +136,7 @@ def main() -> None:
         base = f"model.path={folder / 'base/checkpoints/step_001000'}"
         launch("coldstart", "tiny_cold_start", folder / "cold_start", 130, base, f"run.seed={seed}")
         start = f"model.path={folder / 'cold_start/checkpoints/step_000130'}"
+        # Its variants have names of `critic`, whose runs are others.
         if args.compare == "critic_1024":
             folder /= "rounds_of_1024"
         values = pretrain_values(args.compare, folder, start, seed) if args.compare in STORED else None
