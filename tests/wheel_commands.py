@@ -42,7 +42,7 @@ def forked(words: list[str]) -> int:
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(bool(end.code))
-    except BaseException:
+    except Exception:
         sys.excepthook(*sys.exc_info())
     finally:
         sys.stdout.flush()

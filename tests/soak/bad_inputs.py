@@ -104,7 +104,7 @@ def become(command: Sequence[str], folder: Path, output: Path) -> None:
     for target, source in ((0, null), (1, file), (2, file)):
         os.dup2(source, target)
     os.chdir(folder)
-    code = 0
+    code = 1
     try:
         if command[0] == "-m":
             sys.argv = list(command[1:])
@@ -112,13 +112,13 @@ def become(command: Sequence[str], folder: Path, output: Path) -> None:
         else:
             sys.argv = [str(ROOT / command[0]), *command[1:]]
             runpy.run_path(sys.argv[0], run_name="__main__")
+        code = 0
     except SystemExit as end:
         if isinstance(end.code, str):
             print(end.code, file=sys.stderr)
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException:  # what a user would see, whatever it is; this process ends below
-        traceback.print_exc()
-        code = 1
+    except Exception:
+        traceback.print_exc()  # as the interpreter does at the end of a command
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
