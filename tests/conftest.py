@@ -44,8 +44,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def ovr_socket() -> Iterator[Path]:
-    """The socket that tests/forked.py takes before the words of a command of ``ovr``."""
+def loaded_python() -> Iterator[Path]:
+    """An interpreter that has imported the libraries: see tests/forked.py."""
     # In a folder of its own: the path of a socket has at most 107 characters.
-    with TemporaryDirectory() as folder, serve(Path(folder) / "socket"):
-        yield Path(folder) / "socket"
+    with TemporaryDirectory() as folder, serve(Path(folder)) as python:
+        yield python

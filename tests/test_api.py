@@ -27,7 +27,7 @@ CLOCKS = ("timing/", "perf/", "memory/")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(loaded_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("api")
     # A reward that a model without training earns now and then.
     (folder / "my_rewards.py").write_text(
@@ -42,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             chats.write(json.dumps({"messages": [question, reply]}) + "\n")
             problems.write(json.dumps({"messages": [question], "answer": str(number + 1)}) + "\n")
     result = subprocess.run(
-        [sys.executable, ROOT / "tests/api_runs.py", ROOT / "docs/api.md"],
+        [loaded_python, ROOT / "tests/api_runs.py", ROOT / "docs/api.md"],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": f"{ROOT}:{folder}", "HF_HUB_OFFLINE": "1"},
         capture_output=True,

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,9 @@ AREAS = (
 
 
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def answers(loaded_python: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     out = tmp_path_factory.mktemp("bad_inputs") / "answers.jsonl"
-    command = [sys.executable, ROOT / "tests/soak/bad_inputs.py", "--every", "20", "--out", out]
+    command = [loaded_python, ROOT / "tests/soak/bad_inputs.py", "--every", "20", "--out", out]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
     assert done.returncode in (0, 1) and "Traceback" not in done.stderr, done.stderr[-4000:]
     return [json.loads(line) for line in out.read_text().splitlines()]

@@ -38,25 +38,25 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def fails(*arguments: object) -> str:
-    command = [sys.executable, "-m", "ovr_megatron.coldstart", "--config-name", "tiny_cold_start", *map(str, arguments)]
+def fails(python: Path, *arguments: object) -> str:
+    command = [python, "-m", "ovr_megatron.coldstart", "--config-name", "tiny_cold_start", *map(str, arguments)]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
     return result.stderr
 
 
-def test_a_world_that_the_layout_does_not_divide(tmp_path: Path, model: Path) -> None:
-    message = fails(f"run.dir={tmp_path}", f"model.path={model}", "parallel.tp=2")
+def test_a_world_that_the_layout_does_not_divide(loaded_python: Path, tmp_path: Path, model: Path) -> None:
+    message = fails(loaded_python, f"run.dir={tmp_path}", f"model.path={model}", "parallel.tp=2")
     assert "error: 1 processes cannot be cut into tp=2" in message
 
 
-def test_an_unknown_key(tmp_path: Path) -> None:
-    message = fails(f"run.dir={tmp_path}", "run.sed=3")
+def test_an_unknown_key(loaded_python: Path, tmp_path: Path) -> None:
+    message = fails(loaded_python, f"run.dir={tmp_path}", "run.sed=3")
     assert message == "error: there is no setting run.sed; did you mean run.seed?\n"
 
 
-def test_a_picture_that_is_not_there(tmp_path: Path, model: Path) -> None:
+def test_a_picture_that_is_not_there(loaded_python: Path, tmp_path: Path, model: Path) -> None:
     Image.new("RGB", (56, 56)).save(tmp_path / "there.png")
     rows = [
         {
@@ -69,7 +69,7 @@ def test_a_picture_that_is_not_there(tmp_path: Path, model: Path) -> None:
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = f"data.sources=[{{path: {tmp_path}/rows.jsonl}}]"
-    message = fails(f"run.dir={tmp_path}/run", f"model.path={model}", source)
+    message = fails(loaded_python, f"run.dir={tmp_path}/run", f"model.path={model}", source)
     assert f"error: {tmp_path}/rows.jsonl:2: messages[0].content[0].image" in message
 
 

@@ -198,12 +198,12 @@ def runnable(document: str) -> str:
 
 
 @pytest.mark.parametrize("document", [name for name in BLOCKS if runnable(name)])
-def test_what_needs_nothing_runs_as_it_stands(document: str, ovr_socket: Path, tmp_path: Path) -> None:
+def test_what_needs_nothing_runs_as_it_stands(document: str, loaded_python: Path, tmp_path: Path) -> None:
     prepare(tmp_path)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     # `ovr` of this tree, whatever is installed.
     (tmp_path / "bin").mkdir()
-    (tmp_path / "bin/ovr").write_text(f'#!/bin/sh\nexec python {ROOT}/tests/forked.py {ovr_socket} "$@"\n')
+    (tmp_path / "bin/ovr").write_text(f'#!/bin/sh\nexec {loaded_python} -m ovr_megatron "$@"\n')
     (tmp_path / "bin/ovr").chmod(0o755)
     environment["PATH"] = f"{tmp_path}/bin:{Path(sys.executable).parent}:{environment['PATH']}"
     script = f"set -euo pipefail\n{runnable(document)}"

@@ -5,7 +5,6 @@ import signal
 import socket
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ from ovr_megatron.launch import RECIPES
 from ovr_megatron.ppo.rollouts import Rollouts
 from ovr_megatron.rl import training as rl
 from ovr_megatron.runtime.command import run_command
+from tests.forked import run_to_exit
 
 STEPS = 6
 DEADLINE_S = 300.0
@@ -96,29 +96,30 @@ class Run:
         sys.stdout.flush()
         if pid := os.fork():
             return pid
-        code = 1
-        try:
-            file = os.open(self.log, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
-            os.dup2(file, 1)
-            os.dup2(file, 2)
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            wrap(coldstart.StepTrainer, "train", lambda trainer, step, *rest: moment.update(step=step))
-            if disturb:
-                disturb(rank)
-            wrap(rl, "iterate", lambda models, rollouts, draw, iteration: moment.update(step=iteration))
-            wrap(rl, "iterate_split", lambda models, others, draw, iteration, *rest: moment.update(step=iteration))
-            if isinstance(settings, RLConfig) and rank >= ranks - settings.rollout.ranks:
-                wrap(Rollouts, "collect", lambda owner, draw, iteration, *rest: moment.update(step=iteration))
-            run_command(partial(rl.run if isinstance(settings, RLConfig) else coldstart.run, settings))
-        except SystemExit as end:
-            code = int(end.code or 0)
-        except Exception:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
+        run_to_exit(lambda: self._work(rank, ranks, port, settings, disturb))
+
+    def _work(
+        self,
+        rank: int,
+        ranks: int,
+        port: int,
+        settings: ColdStartConfig | RLConfig,
+        disturb: Callable[[int], None] | None,
+    ) -> None:
+        """Do a rank's part of the run."""
+        file = os.open(self.log, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        wrap(coldstart.StepTrainer, "train", lambda trainer, step, *rest: moment.update(step=step))
+        if disturb:
+            disturb(rank)
+        wrap(rl, "iterate", lambda models, rollouts, draw, iteration: moment.update(step=iteration))
+        wrap(rl, "iterate_split", lambda models, others, draw, iteration, *rest: moment.update(step=iteration))
+        if isinstance(settings, RLConfig) and rank >= ranks - settings.rollout.ranks:
+            wrap(Rollouts, "collect", lambda owner, draw, iteration, *rest: moment.update(step=iteration))
+        run_command(partial(rl.run if isinstance(settings, RLConfig) else coldstart.run, settings))
 
     def codes(self) -> list[int]:
         """Exit codes of the ranks, those of signals negative; whoever takes too long is killed."""

@@ -4,7 +4,6 @@ import json
 import os
 import pickle
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +26,7 @@ SIZES = TinySizes(hidden=64, layers=4, ffn=96, vision_hidden=32, vision_heads=2,
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+def written(loaded_python: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """A model, our two forms of it for Megatron, and Megatron's own four."""
     root = tmp_path_factory.mktemp("megatron")
     hf = make_tiny_model(root / "hf", tied=False, seed=3, sizes=SIZES, perturb=True)
@@ -35,13 +34,13 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     bridge, gpt, out = root / "ours/bridge", root / "ours/gpt", root / "theirs"
     for path, words in ((bridge, []), (gpt, ["--text-only"])):
         main(["convert", "to-megatron", "--checkpoint", str(root / "ckpt"), "--out", str(path), *words])
-    launch("save", hf, out)
+    launch(loaded_python, "save", hf, out)
     return SimpleNamespace(hf=hf, out=out, bridge=bridge, gpt=gpt)
 
 
-def launch(*arguments: str | Path) -> str:
+def launch(python: Path, *arguments: str | Path) -> str:
     """Run two ranks of Megatron-Core; return what they print."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [python, "-m", "ovr_megatron.torchrun", "--standalone", "--nproc-per-node", "2"]
     script = ROOT / "tests/checkpoint/megatron_ranks.py"
     done = subprocess.run([*command, script, *arguments], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -60,9 +59,9 @@ def assert_equal(folder: Path, hf: Path) -> None:
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
 
 
-def test_megatron_core_loads_what_is_written(written: SimpleNamespace) -> None:
+def test_megatron_core_loads_what_is_written(loaded_python: Path, written: SimpleNamespace) -> None:
     """Two ranks of tensor parallelism with a tower, and two stages of a pipeline without."""
-    differing = launch("load", written.hf, written.bridge, written.gpt)
+    differing = launch(loaded_python, "load", written.hf, written.bridge, written.gpt)
     assert json.loads(differing.splitlines()[-1]) == [{"bridge": [], "gpt": []}] * 2
 
 

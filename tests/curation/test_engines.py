@@ -1,6 +1,7 @@
 """vLLM in a process of its own: losses against Transformers, answers of a local teacher, resume."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("engines") / "model", tied=True, seed=3)
 
 
+@pytest.fixture
+def forks(loaded_python: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let vLLM's processes be forks of one that has imported it."""
+    monkeypatch.setattr(sys, "executable", str(loaded_python))
+
+
 def rows(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(text) for text in (folder / "rows.jsonl").read_text().splitlines()]
 
@@ -55,6 +62,7 @@ def loss_of(reference: Any, processor: Processor, row: Any, banned: list[int], l
     return -float(logprobs[mask].mean())
 
 
+@pytest.mark.usefixtures("forks")
 def test_local_teacher_and_proxy_loss(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two starts of vLLM: one answers four prompts twice, one scores these answers, puzzles and pictures."""
     monkeypatch.chdir(model.parent)  # the model's name decides over the seeds: let it be the same every time
@@ -115,6 +123,7 @@ def test_local_teacher_and_proxy_loss(tmp_path: Path, model: Path, monkeypatch: 
     )
 
 
+@pytest.mark.usefixtures("forks")
 def test_prompts_stay_whose_pass_rate_lies_between_the_bounds(tmp_path: Path, model: Path) -> None:
     answers = ["all", "none", *["even"] * 10]
     prompts = [
@@ -147,6 +156,7 @@ def test_prompts_stay_whose_pass_rate_lies_between_the_bounds(tmp_path: Path, mo
     assert report["dropped"]["too easy"] + report["dropped"]["too hard"] == 12 - len(expected)
 
 
+@pytest.mark.usefixtures("forks")
 def test_a_model_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
     config = PrepareConfig(
         dir=str(tmp_path / "out"),

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +18,15 @@ LONG = "data.max_prompt_tokens=512"
 KINDS = ("puzzle:digits?form=text", "puzzle:ordering", "puzzle:countdown")
 
 
-def run(*command: str) -> str:
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=600)
+def run(python: Path, *command: str) -> str:
+    done = subprocess.run([python, *command], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
-def prepare(out: Path, model: Path, *settings: str) -> str:
+def prepare(python: Path, out: Path, model: Path, *settings: str) -> str:
     recipe = ("tools/prepare_data.py", "--config-name", "prepare_tiny", f"dir={out}", f"model={model}")
-    return run(*recipe, f"stages={STAGES}", "collect.limit=700", "data.pack_tokens=1024", *settings)
+    return run(python, *recipe, f"stages={STAGES}", "collect.limit=700", "data.pack_tokens=1024", *settings)
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
@@ -43,7 +42,7 @@ def test_the_folder_of_a_model_or_a_run_is_refused(tmp_path: Path, name: str) ->
 
 
 @pytest.mark.skipif(not MATH500.is_file(), reason=f"{MATH500} is not there")
-def test_puzzles_and_math500_go_through_the_recipe(tmp_path: Path) -> None:
+def test_puzzles_and_math500_go_through_the_recipe(loaded_python: Path, tmp_path: Path) -> None:
     """Every fourth problem of MATH500 is the evaluation set; every tenth row of the rest has a wrong answer."""
     problems = json.loads(MATH500.read_text())
     (tmp_path / "eval.json").write_text(json.dumps(problems[::4]))
@@ -59,7 +58,7 @@ def test_puzzles_and_math500_go_through_the_recipe(tmp_path: Path) -> None:
     settings = [f"data.sources=[{sources}]", f"decontaminate.sources=[{{path: {tmp_path}/eval.json}}]"]
     settings.append("decontaminate.threshold=0.5")
     out, model = tmp_path / "out", make_tiny_model(tmp_path / "model", tied=False, seed=1)
-    said = prepare(out, model, *settings)
+    said = prepare(loaded_python, out, model, *settings)
     assert said.splitlines()[-1] == f"prepared: {out}/tokenise"
     before, after = rows(out / "dedup"), rows(out / "decontaminate")
     gone = {row["id"] for row in before} - {row["id"] for row in after}
@@ -79,8 +78,8 @@ def test_puzzles_and_math500_go_through_the_recipe(tmp_path: Path) -> None:
         f"run.dir={tmp_path}/run",
         "steps=2",
     )
-    run(*training, f"model.path={model}", f"data.tokenised={out}/tokenise/set", "data.sources=[]", LONG)
+    run(loaded_python, *training, f"model.path={model}", f"data.tokenised={out}/tokenise/set", "data.sources=[]", LONG)
     curve = [json.loads(line) for line in (tmp_path / "run/metrics/train.jsonl").read_text().splitlines()]
     assert len(curve) == 2 and (tmp_path / "run/checkpoints/step_000002/manifest.json").is_file()
     assert {name for row in curve for name in row if "math/d" in name}, "the losses of the groups are told apart"
-    assert "done before" in prepare(out, model, *settings, "weigh.power=0.7").splitlines()[0]
+    assert "done before" in prepare(loaded_python, out, model, *settings, "weigh.power=0.7").splitlines()[0]

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -43,11 +42,11 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def out(model):
+def out(model, loaded_python):
     """The results of tests/evaluation/bench.py, one start of vLLM."""
     folder = model.parent / "out"
     script = ROOT / "tests" / "evaluation" / "bench.py"
-    command = [sys.executable, str(script), str(model), str(folder)]
+    command = [loaded_python, str(script), str(model), str(folder)]
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300)
     assert result.returncode == 0, result.stderr[-4000:]

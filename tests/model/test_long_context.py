@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,9 +10,9 @@ SCRIPT = Path(__file__).resolve().parents[1] / "soak" / "long_context.py"
 
 
 @pytest.mark.parametrize("yarn", [None, 2], ids=["plain", "yarn"])
-def test_logits_and_gradients_are_transformers_past_40000_positions(yarn: int | None) -> None:
+def test_logits_and_gradients_are_transformers_past_40000_positions(loaded_python: Path, yarn: int | None) -> None:
     options = ["--tokens", "120", "--gap", "40000", *(["--yarn", str(yarn)] if yarn else [])]
-    result = subprocess.run([sys.executable, SCRIPT, *options], capture_output=True, text=True, timeout=300)
+    result = subprocess.run([loaded_python, SCRIPT, *options], capture_output=True, text=True, timeout=300)
     assert result.returncode in (0, 1), result.stderr[-3000:]
     report = json.loads(result.stdout.splitlines()[-1])
     assert report["passed"], report

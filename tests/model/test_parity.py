@@ -2,18 +2,15 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from ovr_megatron.model.tiny import make_tiny_model
 
-ROOT = Path(__file__).resolve().parents[2]
 
-
-def verify(socket: Path, folder: Path, *options: str) -> tuple[int, dict]:
-    command = [sys.executable, ROOT / "tests/forked.py", socket, "verify", "--hf", folder, "--json", *options]
+def verify(python: Path, folder: Path, *options: str) -> tuple[int, dict]:
+    command = [python, "-m", "ovr_megatron", "verify", "--hf", folder, "--json", *options]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode in (0, 1), result.stderr[-3000:]
     return result.returncode, json.loads(result.stdout.splitlines()[-1])
@@ -21,10 +18,10 @@ def verify(socket: Path, folder: Path, *options: str) -> tuple[int, dict]:
 
 @pytest.mark.parametrize(("tied", "options"), [(True, ()), (False, ("--layout", "tp=2"))], ids=["tied", "untied-tp2"])
 def test_logits_and_gradients_are_transformers(
-    ovr_socket: Path, tmp_path: Path, tied: bool, options: tuple[str, ...]
+    loaded_python: Path, tmp_path: Path, tied: bool, options: tuple[str, ...]
 ) -> None:
     make_tiny_model(tmp_path / "model", tied=tied, seed=3, perturb=True)
-    code, report = verify(ovr_socket, tmp_path / "model", *options)
+    code, report = verify(loaded_python, tmp_path / "model", *options)
     print({name: f"{value:.1e}" for name, value in report["logits"].items()})
     assert code == 0 and report["passed"]
     assert set(report["logits"]) == {"text", "image", "images", "video"}
@@ -33,8 +30,8 @@ def test_logits_and_gradients_are_transformers(
     assert any(name.startswith("visual.") for name in report["gradients"])
 
 
-def test_another_models_weights_do_not_pass(ovr_socket: Path, tmp_path: Path) -> None:
+def test_another_models_weights_do_not_pass(loaded_python: Path, tmp_path: Path) -> None:
     make_tiny_model(tmp_path / "a", tied=True, seed=3)
     make_tiny_model(tmp_path / "b", tied=True, seed=4)
-    code, report = verify(ovr_socket, tmp_path / "a", "--checkpoint", str(tmp_path / "b"))
+    code, report = verify(loaded_python, tmp_path / "a", "--checkpoint", str(tmp_path / "b"))
     assert code == 1 and not report["passed"]

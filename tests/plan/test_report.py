@@ -3,7 +3,6 @@
 import json
 import math
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -203,8 +202,8 @@ def test_what_is_measured_replaces_what_is_stated(folder: Path) -> None:
     assert found["spans"][0]["mean_tokens"] < 200 and "rows measured" in found["spans"][0]["told"]
 
 
-def test_command_line(tmp_path: Path) -> None:
-    command = [sys.executable, ROOT / "tools/plan.py", "rl_7b_64gpu", "--gpu", "a100-40", "--json", "iterations=10"]
+def test_command_line(loaded_python: Path, tmp_path: Path) -> None:
+    command = [loaded_python, ROOT / "tools/plan.py", "rl_7b_64gpu", "--gpu", "a100-40", "--json", "iterations=10"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 1, done.stderr  # it does not fit
     found = json.loads(done.stdout)
@@ -213,11 +212,11 @@ def test_command_line(tmp_path: Path) -> None:
     assert all(math.isfinite(c["hours"]) for c in found["candidates"])
 
 
-def test_dry_run_starts_nothing(folder: Path, tmp_path: Path) -> None:
+def test_dry_run_starts_nothing(loaded_python: Path, folder: Path, tmp_path: Path) -> None:
     """A world of 16 that is not there: a process group would wait for it."""
     settings = ["--dry-run", "--config-name", "tiny_cold_start", f"model.path={folder}", f"run.dir={tmp_path / 'run'}"]
     settings += ["packs_per_step=32"]
-    command = [sys.executable, "-m", "ovr_megatron.coldstart", *settings]
+    command = [loaded_python, "-m", "ovr_megatron.coldstart", *settings]
     environment = {
         "PATH": "/usr/bin:/bin",
         "PYTHONPATH": str(ROOT),

@@ -104,12 +104,12 @@ sys.exit(main())
 """
 
 
-def test_a_run_takes_a_tracker_from_outside_the_package(tmp_path: Path) -> None:
+def test_a_run_takes_a_tracker_from_outside_the_package(loaded_python: Path, tmp_path: Path) -> None:
     make_tiny_model(tmp_path / "model", tied=True, seed=5)
     script = tmp_path / "script.py"
     script.write_text(OUTSIDE)
     settings = ["run.dir=run", "model.path=model", "steps=2", "data.pack_tokens=128", "packs_per_step=1"]
-    command = [sys.executable, script, "--config-name", "tiny_cold_start", *settings]
+    command = [loaded_python, script, "--config-name", "tiny_cold_start", *settings]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     trackers = "run.trackers=[jsonl,tensorboard,lines]"
     result = subprocess.run([*command, trackers], cwd=tmp_path, env=environment, capture_output=True, text=True)

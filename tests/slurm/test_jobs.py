@@ -7,7 +7,6 @@ warning: they end as the undisturbed runs.  A job one of whose ranks never start
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -67,11 +66,11 @@ def curve(run: Path) -> list[dict[str, float]]:
     return [{key: value for key, value in line.items() if not key.startswith(CLOCKS)} for line in lines]
 
 
-def python_of(folder: Path) -> dict[str, str]:
+def python_of(loaded: Path, folder: Path) -> dict[str, str]:
     """Ranks that do what files in ``folder`` say, see `disturbed_rank`."""
     folder.mkdir()
     python = folder / "python"
-    python.write_text(f'#!/bin/bash\nexec {sys.executable} {ROOT}/tests/slurm/disturbed_rank.py "$@"\n')
+    python.write_text(f'#!/bin/bash\nexec {loaded} {ROOT}/tests/slurm/disturbed_rank.py "$@"\n')
     python.chmod(0o755)
     return {"OVR_PYTHON": str(python), "DISTURBANCE": str(folder)}
 
@@ -170,13 +169,15 @@ def disturb_cold_start(jobs: Jobs) -> None:
     jobs.keep("job", job)
 
 
-def disturb_ppo(jobs: Jobs, stack: ExitStack) -> BashRun:
+def disturb_ppo(python: Path, jobs: Jobs, stack: ExitStack) -> BashRun:
     """Run ``rl``, whose time ends in an iteration, and ``absent``; return the cold start's undisturbed run, at work."""
     run, disturbance = jobs.folder / "rl", jobs.folder / "disturbance"
-    slow = rl_settings(jobs.model) | python_of(disturbance) | {"OVR_WARNING_S": "5"}  # it is --signal that warns
+    slow = rl_settings(jobs.model) | python_of(python, disturbance)
+    slow |= {"OVR_WARNING_S": "5"}  # it is --signal that warns
     job = jobs.submit("rl", "--signal=B:USR1@60", RL, *rl_arguments(run), **slow)
     (jobs.folder / "absent").mkdir()
-    lacking = settings(jobs.model) | python_of(jobs.folder / "nobody") | {"OVR_WAIT_S": "2", "OVR_MAX_FAILURES": "0"}
+    lacking = settings(jobs.model) | python_of(python, jobs.folder / "nobody")
+    lacking |= {"OVR_WAIT_S": "2", "OVR_MAX_FAILURES": "0"}
     (jobs.folder / "nobody/absent").touch()
     words = [*arguments(jobs.folder / "absent"), "run.hang_timeout_s=20"]
     script = jobs.folder / "absent.sh"  # by `ovr slurm`, in the place of the one in slurm/
@@ -187,7 +188,8 @@ def disturb_ppo(jobs: Jobs, stack: ExitStack) -> BashRun:
     short = jobs.cluster.run("scontrol", "update", f"JobId={job}", "EndTime=now+80")
     assert short.returncode == 0, short.stderr
     jobs.wait(lambda: bool(attempts(run)) or jobs.has_ended(job), "the PPO job to leave")
-    alone = BashRun(COLD_START, arguments(jobs.folder / "alone"), settings(jobs.model))
+    alone_settings = settings(jobs.model) | {"OVR_PYTHON": str(python)}
+    alone = BashRun(COLD_START, arguments(jobs.folder / "alone"), alone_settings)
     stack.callback(alone.stop)
     # EndTime has changed the limit of the next attempt, too.
     jobs.cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")
@@ -200,7 +202,7 @@ def disturb_ppo(jobs: Jobs, stack: ExitStack) -> BashRun:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(loaded_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``alone`` was run by bash and not disturbed, ``job`` by Slurm, which preempted it and lost one of its nodes.
 
     ``rl`` was run by Slurm, too, and ``rl_alone`` by ranks that this process launched.
@@ -213,7 +215,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         start_server()  # before there are threads: it changes this process's environment for a moment
         with ThreadPoolExecutor(2) as pool:
             cold_start = pool.submit(disturb_cold_start, jobs)
-            alone = pool.submit(disturb_ppo, jobs, stack)
+            alone = pool.submit(disturb_ppo, loaded_python, jobs, stack)
         cold_start.result()
         alone.result().finish()
     return folder

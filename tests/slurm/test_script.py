@@ -22,10 +22,10 @@ def environment(**others: str) -> dict[str, str]:
     return shell_environment() | given | others
 
 
-def start(*arguments: str, script: Path = SCRIPT, **others: str) -> subprocess.Popen[str]:
+def start(python: Path, *arguments: str, script: Path = SCRIPT, **others: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         ["bash", script, *arguments],
-        env=environment(**others),
+        env=environment(OVR_PYTHON=str(python), **others),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -49,11 +49,17 @@ def test_without_a_run_folder() -> None:
     assert "give run.dir=DIR as an argument or OVR_RUN=DIR" in result.stderr
 
 
-def test_pre_flight_names_every_problem(model: Path, run: Path) -> None:
+def test_pre_flight_names_every_problem(loaded_python: Path, model: Path, run: Path) -> None:
     absent = run.with_name("it's, (rows).jsonl")
     floors = {"OVR_MIN_BUS_GBPS": "1e6", "OVR_MIN_WRITE_MBPS": "1e9"}
     process = start(
-        f"run.dir={run}", "packs_per_step=3", OVR_MODEL=str(model), OVR_DATA=str(absent), OVR_RANKS="2", **floors
+        loaded_python,
+        f"run.dir={run}",
+        "packs_per_step=3",
+        OVR_MODEL=str(model),
+        OVR_DATA=str(absent),
+        OVR_RANKS="2",
+        **floors,
     )
     output, _ = process.communicate(timeout=2 * LIMIT_S)
     assert process.returncode == 2, output
@@ -67,10 +73,11 @@ def test_pre_flight_names_every_problem(model: Path, run: Path) -> None:
     assert not (run / "metrics").exists()
 
 
-def test_a_rehearsal_passes_the_pre_flight_and_is_finished(model: Path, run: Path) -> None:
+def test_a_rehearsal_passes_the_pre_flight_and_is_finished(loaded_python: Path, model: Path, run: Path) -> None:
     own = run.with_name("own recipe.yaml")
     own.write_text("defaults: [tiny_rl, _self_]\n")
     process = start(
+        loaded_python,
         *["--rehearse", "prompts=4", "responses=2", f"run.dir={run}", "curriculum=[{until: 100, max_tokens: 72}]"],
         script=ROOT / "slurm/rl.sh",
         OVR_RECIPE=str(own),
@@ -83,8 +90,10 @@ def test_a_rehearsal_passes_the_pre_flight_and_is_finished(model: Path, run: Pat
     assert [stage["max_tokens"] for stage in json.loads((run / "rehearsal.json").read_text())] == [72]
 
 
-def test_stops_in_order_and_says_so(model: Path, run: Path) -> None:
-    process = start("steps=5000", "data.pack_tokens=512", OVR_RUN=str(run), OVR_MODEL=str(model), OVR_RANKS="1")
+def test_stops_in_order_and_says_so(loaded_python: Path, model: Path, run: Path) -> None:
+    process = start(
+        loaded_python, "steps=5000", "data.pack_tokens=512", OVR_RUN=str(run), OVR_MODEL=str(model), OVR_RANKS="1"
+    )
     metrics, deadline = run / "metrics/train.jsonl", time.monotonic() + 2 * LIMIT_S
     while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()

@@ -54,7 +54,7 @@ CRITIC = {
 # Advantages that trust the values, as in VC-PPO (arXiv 2503.01491).
 TRUSTED_VALUES = {f"{name}, lam_policy 0.95": (*rest, "algorithm.lam_policy=0.95") for name, rest in CRITIC.items()}
 # Of the rollouts of one policy, on which the values are pretrained: sizes, iterations, steps of the critic in each.
-STORED = {"critic": (WITH_CRITIC, 96, 16), "critic_1024": (("prompts=512", "responses=2"), 48, 32)}
+STORED = {"critic": (WITH_CRITIC, 96, 16), "critic_1024": (("prompts=512", "responses=2"), 96, 32)}
 COLOURS = ("#d9652b", "#3a7cbd", "#1d7a46", "#7d55a8")
 WINDOW = 5  # iterations of the moving average
 

@@ -19,16 +19,18 @@ import signal
 import sys
 import tempfile
 import time
-import traceback
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests/soak")]
 
 from bad_input_case import Case  # noqa: E402
+
+from tests.forked import run_to_exit  # noqa: E402
 
 OUTCOMES = ("refused", "traceback", "hang", "accepted", "other")
 SECONDS = 120  # of a case; a refusal takes one or two
@@ -96,7 +98,7 @@ def stop_group(leader: int) -> None:
         return
 
 
-def become(command: Sequence[str], folder: Path, output: Path) -> None:
+def become(command: Sequence[str], folder: Path, output: Path) -> NoReturn:
     """Turn this forked child into the command; never returns."""
     os.setpgid(0, 0)
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -104,25 +106,17 @@ def become(command: Sequence[str], folder: Path, output: Path) -> None:
     for target, source in ((0, null), (1, file), (2, file)):
         os.dup2(source, target)
     os.chdir(folder)
-    code = 1
-    try:
-        if command[0] == "-m":
-            sys.argv = list(command[1:])
-            runpy.run_module(command[1], run_name="__main__", alter_sys=True)
-        else:
-            sys.argv = [str(ROOT / command[0]), *command[1:]]
-            runpy.run_path(sys.argv[0], run_name="__main__")
-        code = 0
-    except SystemExit as end:
-        if isinstance(end.code, str):
-            print(end.code, file=sys.stderr)
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except Exception:
-        traceback.print_exc()  # as the interpreter does at the end of a command
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    run_to_exit(lambda: run_words(command))
+
+
+def run_words(command: Sequence[str]) -> None:
+    """Run ``-m MODULE ...`` or ``SCRIPT ...`` in this process."""
+    if command[0] == "-m":
+        sys.argv = list(command[1:])
+        runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = [str(ROOT / command[0]), *command[1:]]
+        runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def judge(code: int, text: str, says: str) -> str:

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -142,14 +141,14 @@ def test_rules_that_ignore_the_answer_need_none(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["reasons"] == {"score": 1, "no answer of this form": 1}
 
 
-def test_the_command_line(tmp_path):
+def test_the_command_line(loaded_python, tmp_path):
     rows = [
         {"response": "\\boxed{4}", "answer": 4, "options": [3, 4], "id": 7, "correct": False},
         {"response": "\\boxed{A}", "answer": 4, "options": [3, 4]},
         {"response": "\\boxed{(C)}", "answer": "C"},
     ]
     path, out = written(tmp_path, rows[0], "", *rows[1:]), tmp_path / "out.jsonl"
-    command = [sys.executable, "tools/grade.py", str(path), "--workers", "1", "--out", str(out)]
+    command = [loaded_python, "tools/grade.py", str(path), "--workers", "1", "--out", str(out)]
     done = subprocess.run(command, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "accuracy   0.6667  (2 of 3)" in done.stdout
