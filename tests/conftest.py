@@ -1,9 +1,7 @@
 """Before any test imports Transformers: let torchvision import on a machine without a GPU."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -12,7 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import hypothesis
 
 import ovr_megatron  # noqa: F401
-from tests.forked import serve
+from tests import forked
 
 # An example's seconds say how busy the machine is.
 hypothesis.settings.register_profile("untimed", deadline=None)
@@ -44,8 +42,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def loaded_python() -> Iterator[Path]:
+def loaded_python() -> Path:
     """An interpreter that has imported the libraries: see tests/forked.py."""
-    # In a folder of its own: the path of a socket has at most 107 characters.
-    with TemporaryDirectory() as folder, serve(Path(folder)) as python:
-        yield python
+    return forked.start()
+
+
+def pytest_unconfigure() -> None:
+    """End the process that is forked; the workers of xdist have no other end."""
+    forked.stop()

@@ -1,12 +1,14 @@
 """An interpreter whose processes are forks of one that has imported the libraries.
 
-`serve` starts that process and writes the interpreter, ``python tests/forked.py SOCKET ...``.  With ``-m MODULE ...``
+`start` starts that process and writes the interpreter, ``python tests/forked.py SOCKET ...``.  With ``-m MODULE ...``
 or ``SCRIPT ...`` it hands its folder, environment and streams to a fork, passes on the signals that it gets, and ends
 as the fork does; where it is killed, the fork is killed, too.  What the command starts with `sys.executable` is a fork
 again.  Other arguments, and the modules of `UNFORKED`, go to the interpreter of the tests.
 """
 
+import atexit
 import contextlib
+import functools
 import json
 import os
 import runpy
@@ -15,9 +17,10 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -25,35 +28,41 @@ ROOT = Path(__file__).resolve().parents[1]
 # Graders and judges have limits of memory, and slurm/launch.sh looks for the children of torchrun.
 UNFORKED = ("ovr_megatron.rewards.", "torch.distributed.run")
 LIMIT_S = 120.0  # of the import of the libraries
+_server = contextlib.ExitStack()
 FORWARDED = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
-@contextlib.contextmanager
-def serve(folder: Path) -> Iterator[Path]:
-    """Yield the interpreter, a file in ``folder``; it works within the block."""
-    path = folder / "socket"
-    command = [sys.executable, __file__, "--serve", str(path)]
-    python = folder / "python"
+@functools.cache
+def start() -> Path:
+    """Start the process that is forked, in the environment of a user's shell; return the interpreter."""
+    from tests.slurm.cluster import shell_environment
+
+    # In a folder of its own: the path of a socket has at most 107 characters.
+    folder = Path(_server.enter_context(tempfile.TemporaryDirectory()))
+    path, python = folder / "socket", folder / "python"
     python.write_text(f'#!/bin/sh\nexec {sys.executable} {__file__} {path} "$@"\n')
     python.chmod(0o755)
-    server = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    search = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
+    variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": search, "TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, __file__, "--serve", str(path)]
+    process = subprocess.Popen(command, env=shell_environment() | variables)
+    _server.callback(process.wait)
+    _server.callback(process.kill)
+    atexit.register(stop)
     deadline = time.monotonic() + LIMIT_S
-    try:
-        while not path.exists():
-            assert server.poll() is None and time.monotonic() < deadline, "the libraries were not imported"
-            time.sleep(0.1)
-        yield python
-    finally:
-        server.kill()
-        server.wait()
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < deadline, "the libraries were not imported"
+        time.sleep(0.1)
+    return python
+
+
+def stop() -> None:
+    """End the process that is forked, where there is one."""
+    _server.close()
 
 
 def _listen(path: str) -> None:
     """Fork for every client; never returns."""
-    import ovr_megatron.curation.prepare
-    import ovr_megatron.data_checks
-    import ovr_megatron.plan.report
-    import ovr_megatron.verify  # noqa: F401
     import tests.preload  # noqa: F401
 
     sys.executable = str(Path(path).with_name("python"))

@@ -10,8 +10,12 @@ import tempfile
 from pathlib import Path
 
 import ovr_megatron.coldstart.training
+import ovr_megatron.curation.prepare
+import ovr_megatron.data_checks
 import ovr_megatron.launch
-import ovr_megatron.rl.training  # noqa: F401
+import ovr_megatron.plan.report
+import ovr_megatron.rl.training
+import ovr_megatron.verify  # noqa: F401
 from ovr_megatron.data.hf_assets import load_assets
 from ovr_megatron.families import ModelShape, default_family
 from ovr_megatron.model.tiny import make_tiny_model

@@ -1,95 +1,61 @@
-"""Launch ranks as forks of one process that has imported the libraries, in place of ``torchrun``.
+"""Launch ranks as forks of one process that has imported the libraries, in place of ``torchrun``: see tests/forked.py.
 
 Torch, Megatron and vLLM take a core fifteen seconds to import, which a launch of four ranks would do four times.
-tests/preload.py says what is imported.
 """
 
-import functools
-import multiprocessing
 import os
-import runpy
 import socket
+import subprocess
 import sys
 import tempfile
 import time
-from multiprocessing import forkserver
-from multiprocessing.connection import wait
 from pathlib import Path
 
-from ovr_megatron.runtime import environment
+from tests import forked
 from tests.slurm.cluster import shell_environment
 
 ROOT = Path(__file__).resolve().parents[1]
-LIBRARIES = ["tests.preload"]
 
 
 def launch(script: Path, *arguments: object, ranks: int, timeout_s: float = 900) -> None:
     """Run ``script`` on ``ranks`` processes of one group, or on one that is in no group where ``ranks`` is 0.
 
+    The environment is that of a user's shell.
+
     Raises:
         AssertionError: a rank failed, with the end of what the ranks wrote, or they took longer than ``timeout_s``.
     """
-    start_server()
-    context = multiprocessing.get_context("forkserver")
+    command = [forked.start(), script, *map(str, arguments)]
+    # Processes that a rank starts, such as graders, find the neighbours of the script, too.
+    search = os.pathsep.join([str(script.parent), str(ROOT), *filter(None, sys.path)])
+    variables = shell_environment() | {"OMP_NUM_THREADS": "1", "PYTHONPATH": search, "TOKENIZERS_PARALLELISM": "false"}
+    variables |= {name: value for name, value in os.environ.items() if name.startswith("OVR_TEST_")}
     with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
         output = Path(folder) / "output"
         free.bind(("127.0.0.1", 0))
-        group = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1"}
-        group |= {"MASTER_PORT": free.getsockname()[1]}
+        group = {"WORLD_SIZE": f"{ranks}", "LOCAL_WORLD_SIZE": f"{ranks}", "MASTER_ADDR": "127.0.0.1"}
+        group |= {"MASTER_PORT": f"{free.getsockname()[1]}"}
         free.close()
+        streams = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
         processes = []
-        for rank in range(max(ranks, 1)):
-            variables = {"RANK": rank, "LOCAL_RANK": rank, **group} if ranks else {}
-            words = {name: str(value) for name, value in variables.items()}
-            process = context.Process(target=_run, args=(script, list(map(str, arguments)), words, output))
-            process.start()
-            processes.append(process)
+        with output.open("ab") as file:
+            for rank in range(max(ranks, 1)):
+                places = {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", **group} if ranks else {}
+                processes.append(subprocess.Popen(command, env=variables | places, stdout=file, **streams))
         codes = _join(processes, timeout_s)
         assert not any(codes), f"{script.name}: exit codes {codes}\n{output.read_text(errors='replace')[-5000:]}"
 
 
-@functools.cache
-def start_server() -> None:
-    """Start the process that is forked, once, in the environment of a user's shell; no other thread may run."""
-    previous = dict(os.environ)
-    search = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
-    try:
-        clean = shell_environment() | {"OMP_NUM_THREADS": "1", "PYTHONPATH": search, "TOKENIZERS_PARALLELISM": "false"}
-        clean |= {name: value for name, value in previous.items() if name.startswith("OVR_TEST_")}
-        os.environ.clear()
-        os.environ.update(clean)
-        forkserver.set_forkserver_preload(LIBRARIES)
-        forkserver.ensure_running()
-    finally:
-        os.environ.clear()
-        os.environ.update(previous)
-
-
-def _run(script: Path, arguments: list[str], variables: dict[str, str], output: Path) -> None:
-    """Run a script in this fork, as ``python SCRIPT`` does, with its output at the end of a file."""
-    file = os.open(output, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
-    for stream in (1, 2):
-        os.dup2(file, stream)
-    # Processes that a rank starts, such as graders, find the neighbours of the script, too.
-    search = os.pathsep.join([str(script.parent), os.environ["PYTHONPATH"]])
-    os.environ.update(variables, PYTHONPATH=search)
-    environment.apply(os.environ)  # the import of the package has found no rank
-    sys.argv = [str(script), *arguments]
-    sys.path.insert(0, str(script.parent))
-    runpy.run_path(str(script), run_name="__main__")
-
-
-def _join(processes: list, timeout_s: float) -> list[int]:
+def _join(processes: list[subprocess.Popen[bytes]], timeout_s: float) -> list[int]:
     """Wait for all; where one fails or time is up, kill the others, which would wait for it."""
     deadline = time.monotonic() + timeout_s
-    alive = {process.sentinel: process for process in processes}
-    while alive and (seconds := deadline - time.monotonic()) > 0:
-        ended = [alive.pop(sentinel) for sentinel in wait(list(alive), seconds)]
-        if any(process.exitcode for process in ended):
-            break
-    for process in alive.values():
-        process.join(5)  # it may be about to say why
-        process.kill()
+    codes = [process.poll() for process in processes]
+    while None in codes and not any(codes) and time.monotonic() < deadline:
+        time.sleep(0.02)
+        codes = [process.poll() for process in processes]
     for process in processes:
-        process.join()
-    return [process.exitcode for process in processes]
+        try:
+            process.wait(5)  # it may be about to say why
+        except subprocess.TimeoutExpired:
+            process.kill()
+    return [process.wait() for process in processes]

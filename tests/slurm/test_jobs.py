@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from ovr_megatron.cli import slurm
 from ovr_megatron.model.tiny import make_tiny_model
-from tests.ranks import launch, start_server
+from tests.ranks import launch
 from tests.slurm.cluster import Cluster, missing, shell_environment
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -212,7 +212,6 @@ def runs(loaded_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with ExitStack() as stack:
         # Six nodes: two for either stage, one for either job that cannot work; when a node is lost, none is left over.
         jobs = Jobs(stack.enter_context(Cluster(folder / "cluster", nodes=6)), folder, model)
-        start_server()  # before there are threads: it changes this process's environment for a moment
         with ThreadPoolExecutor(2) as pool:
             cold_start = pool.submit(disturb_cold_start, jobs)
             alone = pool.submit(disturb_ppo, loaded_python, jobs, stack)
