@@ -90,14 +90,14 @@ def _answer(connection: socket.socket) -> None:
     if child == 0:
         connection.close()
         _become(request["words"], request["folder"], request["environment"], streams)
+    os.setpgid(child, child)  # here, too: whichever comes first
     for stream in streams:
         os.close(stream)
     end = os.pidfd_open(child)
     while end not in select.select([connection, end], [], [])[0]:
         numbers = connection.recv(64)
         if not numbers:  # the client was killed
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child, signal.SIGKILL)
+            os.killpg(child, signal.SIGKILL)  # it is there until `waitpid`
             break
         for number in numbers:
             os.kill(child, number)
