@@ -62,18 +62,22 @@ def stop() -> None:
 
 
 def _listen(path: str) -> None:
-    """Fork for every client; never returns."""
+    """Fork for every client until the process of the tests has ended."""
     import tests.preload  # noqa: F401
 
+    parent = os.getppid()
     sys.executable = str(Path(path).with_name("python"))
-
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that answer
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path + ".new")
         listener.listen(8)
         os.rename(path + ".new", path)  # a client that sees it can connect
-        while True:
-            connection, _ = listener.accept()
+        listener.settimeout(1)
+        while os.getppid() == parent:
+            try:
+                connection, _ = listener.accept()
+            except TimeoutError:
+                continue
             if os.fork() == 0:
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                 listener.close()
@@ -165,6 +169,7 @@ def main() -> None:
     path, *words = sys.argv[1:]
     if path == "--serve":
         _listen(words[0])
+        return
     kind, target, *_ = [*words, "", ""]
     if not ((kind == "-m" and not target.startswith(UNFORKED)) or kind.endswith(".py")):
         os.execv(sys.executable, [sys.executable, *words])
