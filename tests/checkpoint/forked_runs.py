@@ -83,20 +83,13 @@ class Run:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        self.pids = [self._fork(rank, ranks, port, settings, disturb) for rank in range(ranks)]
+        self.pids = [self._fork(partial(self._work, rank, ranks, port, settings, disturb)) for rank in range(ranks)]
 
-    def _fork(
-        self,
-        rank: int,
-        ranks: int,
-        port: int,
-        settings: ColdStartConfig | RLConfig,
-        disturb: Callable[[int], None] | None,
-    ) -> int:
+    def _fork(self, work: Callable[[], None]) -> int:
         sys.stdout.flush()
         if pid := os.fork():
             return pid
-        run_to_exit(lambda: self._work(rank, ranks, port, settings, disturb))
+        run_to_exit(work)
 
     def _work(
         self,

@@ -123,8 +123,8 @@ def test_local_teacher_and_proxy_loss(tmp_path: Path, model: Path, monkeypatch: 
     )
 
 
-@pytest.mark.usefixtures("forks")
 def test_prompts_stay_whose_pass_rate_lies_between_the_bounds(tmp_path: Path, model: Path) -> None:
+    # By an interpreter of its own, as a user's command starts it.
     answers = ["all", "none", *["even"] * 10]
     prompts = [
         {"messages": [{"role": "user", "content": f"Add {i}."}], "answer": answer, "id": f"p{i}", "source": "own"}

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -73,11 +74,12 @@ def test_pre_flight_names_every_problem(loaded_python: Path, model: Path, run: P
     assert not (run / "metrics").exists()
 
 
-def test_a_rehearsal_passes_the_pre_flight_and_is_finished(loaded_python: Path, model: Path, run: Path) -> None:
+def test_a_rehearsal_passes_the_pre_flight_and_is_finished(model: Path, run: Path) -> None:
+    """By an interpreter of its own, as a user starts it."""
     own = run.with_name("own recipe.yaml")
     own.write_text("defaults: [tiny_rl, _self_]\n")
     process = start(
-        loaded_python,
+        Path(sys.executable),
         *["--rehearse", "prompts=4", "responses=2", f"run.dir={run}", "curriculum=[{until: 100, max_tokens: 72}]"],
         script=ROOT / "slurm/rl.sh",
         OVR_RECIPE=str(own),
