@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +20,6 @@ from omegaconf import DictConfig, OmegaConf
 from benchmarks.peer_task import (
     BETA2,
     IMPORTANCE_CAP,
-    LEARNING_RATE,
     MAX_PIXELS,
     MIN_PIXELS,
     MODEL,
@@ -47,7 +47,9 @@ from ovr_megatron.ppo.experience import Models
 from ovr_megatron.ppo.iteration import Clock, iterate, learn
 from ovr_megatron.ppo.prompts import Prompts, PromptStream
 from ovr_megatron.ppo.rollouts import Rollout
+from ovr_megatron.rl.serving import serve
 from ovr_megatron.rl.setup import build_models, build_rollouts
+from ovr_megatron.rl.training import RL
 from ovr_megatron.runtime import distributed
 from ovr_megatron.runtime.runlog import open_log
 from ovr_megatron.weights.folder import WeightFolder
@@ -95,7 +97,7 @@ def shared_settings(task: PeerTask, folder: Path) -> dict[str, Any]:
     return {
         "run": {"dir": str(folder / "run"), "threads": task.threads, "trackers": ["jsonl"]},
         "model": {"path": str(folder / MODEL)},
-        "optimizer": {"lr": LEARNING_RATE, "schedule": "constant", "warmup_steps": 0, "beta2": BETA2},
+        "optimizer": {"lr": task.learning_rate, "schedule": "constant", "warmup_steps": 0, "beta2": BETA2},
         "data": {
             "sources": [{"path": str(folder / ROWS), "name": "rows"}],
             "template": "model",
@@ -121,7 +123,7 @@ def read_rows(config: ColdStartConfig | RLConfig) -> list[Row]:
 
 def train_sft(task: PeerTask, folder: Path) -> BenchRow:
     """Take the steps of the cold start; return seconds, learned tokens and loss of each."""
-    values = shared_settings(task, folder) | {"steps": task.steps + 1, "packs_per_step": 1}
+    values = shared_settings(task, folder) | {"steps": task.step_count, "packs_per_step": 1}
     config: ColdStartConfig = compose(ColdStartConfig, values)
     world = distributed.start(config.parallel, config.run.seed, config.run.threads)
     processor = Processor(folder / MODEL, config.data)
@@ -151,16 +153,21 @@ def train_grpo(task: PeerTask, folder: Path) -> BenchRow:
     values = shared_settings(task, folder)
     values["data"] |= {"max_prompt_tokens": PROMPT_TOKENS}
     values |= {
-        "iterations": task.steps + 1,
+        "iterations": task.step_count,
         "prompts": task.rows,
         "responses": task.responses,
         "share_prompts": True,
         "algorithm": algorithm,
         "curriculum": [{"until": 1000, "max_tokens": PROMPT_TOKENS + task.tokens}],
-        "rollout": {"max_num_seqs": task.rows * task.responses},
+        "rollout": {
+            "max_num_seqs": task.rows * task.responses,
+            **({"ranks": 1, "max_staleness": 1} if task.ahead else {}),
+        },
         "reward": {"workers": 1, "rules": {"rows": RULE}},
     }
     config: RLConfig = compose(RLConfig, values)
+    if task.ahead:
+        return run_ahead(task, config)
     world = distributed.start(config.parallel, config.run.seed, config.run.threads)
     processor = Processor(folder / MODEL, config.data)
     models, _ = build_models(config, folder / MODEL, processor, world)
@@ -209,27 +216,64 @@ def run_iterations(task: PeerTask, folder: Path, models: Models, rows: list[Row]
     """Run the iterations with vLLM, and log each as ``ovr rl`` does."""
     rollouts = build_rollouts(models.config, folder / MODEL, models.processor, models)
     log = open_log(models.config, 0, models.world)
-    assert log is not None
     prompts = PromptsInOrder(rows, models.processor)
     clock = StepClock()
     tokens: list[int] = []
     phases = []
     with rollouts.grader:
-        for iteration in range(task.steps + 1):
-            result = iterate(models, rollouts, prompts, iteration)
-            log.scalars(iteration, result.metrics)
+        for iteration in range(task.step_count):
+            metrics = iterate(models, rollouts, prompts, iteration).metrics
+            if log:
+                log.scalars(iteration, metrics)
             clock.end_step()
-            tokens.append(sum(result.experience.batch.lengths))
-            phases.append({name: result.metrics[f"timing/{name}"] for name in ("generate", "update", "sync")})
-    log.close()
+            tokens.append(learned_tokens(task, metrics))
+            phases.append(seconds_of_phases(metrics))
+    if log:
+        log.close()
     return {**clock.columns(), "tokens": tokens, "losses": [], "norms": [], "phases": phases}
+
+
+def run_ahead(task: PeerTask, config: RLConfig) -> BenchRow:
+    """Run ``ovr rl`` on two processes, of which one generates for the next iteration while the other one learns.
+
+    The rows come in the order of its own draw.  Nothing of the last iteration counts: nothing is generated beside it.
+    """
+    clock = StepClock()
+    tokens: list[int] = []
+    phases = []
+    with distributed.process_group(config.run, config.parallel, config.rollout.ranks) as world:
+        assert world.job is not None
+        if world.job.generates:
+            serve(config, world)
+            return {}
+        with RL(config, world) as rl:
+            while rl.next_iteration < rl.last - 1:
+                metrics = rl.iterate()
+                assert metrics is not None
+                clock.end_step()
+                tokens.append(learned_tokens(task, metrics))
+                phases.append(seconds_of_phases(metrics))
+            rl.iterate()
+    return {**clock.columns(), "tokens": tokens, "losses": [], "norms": [], "phases": phases}
+
+
+def learned_tokens(task: PeerTask, metrics: Mapping[str, float]) -> int:
+    """Return the tokens of all responses of an iteration, on all ranks."""
+    return round(metrics["response/length"] * task.rows * task.responses)
+
+
+def seconds_of_phases(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return the seconds of an iteration's phases on the first rank."""
+    return {name: metrics[f"timing/{name}"] for name in ("generate", "update", "sync")}
 
 
 def main() -> None:
     """Measure the task of the command line and print its row."""
     task = PeerTask(**json.loads(sys.argv[1]))
     train = train_sft if task.kind == "sft" else train_grpo
-    print(json.dumps(train(task, Path(sys.argv[2]))), flush=True)
+    row = train(task, Path(sys.argv[2]))
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

@@ -14,11 +14,13 @@ import numpy as np
 from PIL import Image
 
 SIGMA = 1.0  # of log-normal lengths
-IMAGE_SIDE = 112  # pixels: 16 visual tokens
+IMAGE_SIDE = 112  # pixels
+VISUAL_TOKENS = 16  # of such an image
 MIN_PIXELS = 784
 MAX_PIXELS = IMAGE_SIDE**2  # images keep their size
 QUESTION = "Which digits follow?"
-LEARNING_RATE = 1e-4
+# TRL's default for GRPO: with it the random model's responses stay as long as they are.
+LEARNING_RATES = {"sft": 1e-4, "grpo": 1e-6}
 BETA2 = 0.95
 IMPORTANCE_CAP = 3.0  # TRL's default
 PACK_TOKENS = 2048  # of our packs, and of TRL's where it packs
@@ -48,7 +50,9 @@ class PeerTask:
         tokens: Mean length of a reply; of GRPO the most tokens of a response.
         responses: To each prompt of GRPO.
         steps: Measured steps, after one that warms up.
-        threads: Of the process.
+        processes: Of each side.
+        ahead: Whether of our two processes one generates while the other one learns, an iteration ahead.
+        threads: Of each process.
     """
 
     kind: str
@@ -61,12 +65,27 @@ class PeerTask:
     tokens: int
     responses: int = 1
     steps: int
+    processes: int = 1
+    ahead: bool = False
     threads: int = 2
+
+    @property
+    def learning_rate(self) -> float:
+        """Constant rate of the optimizer."""
+        return LEARNING_RATES[self.kind]
 
     @property
     def row_count(self) -> int:
         """Rows of all steps, of that which warms up, too."""
-        return self.rows * (self.steps + 1)
+        return self.rows * self.step_count
+
+    @property
+    def step_count(self) -> int:
+        """Steps that are taken: those measured, one before, and where generation runs ahead one after.
+
+        While the last one learns, nothing is left to generate.
+        """
+        return self.steps + 1 + self.ahead
 
 
 def reply_lengths(task: PeerTask) -> list[int]:

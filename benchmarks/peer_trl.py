@@ -29,7 +29,6 @@ from vllm.model_executor.layers import utils as vllm_layers
 from benchmarks.peer_task import (
     BETA2,
     IMPORTANCE_CAP,
-    LEARNING_RATE,
     MAX_PIXELS,
     MIN_PIXELS,
     MODEL,
@@ -38,6 +37,7 @@ from benchmarks.peer_task import (
     PROMPT_TOKENS,
     ROWS,
     SINGLE_ROWS,
+    VISUAL_TOKENS,
     PeerTask,
     StepClock,
     replayed_texts,
@@ -169,8 +169,8 @@ def shared_settings(task: PeerTask, folder: Path, micro_rows: int, accumulated: 
         "output_dir": str(folder / "trl"),
         "per_device_train_batch_size": micro_rows,
         "gradient_accumulation_steps": accumulated,
-        "max_steps": task.steps + 1,
-        "learning_rate": LEARNING_RATE,
+        "max_steps": task.step_count,
+        "learning_rate": task.learning_rate,
         "lr_scheduler_type": "constant",
         "weight_decay": 0.0,
         "adam_beta2": BETA2,
@@ -240,19 +240,22 @@ def train_grpo(task: PeerTask, folder: Path) -> BenchRow:
     allowed = sorted(set(range(shape.vocab)) - set(banned_tokens(shape, tokenizer)))
     responses = task.rows * task.responses
     micro_rows = min(MICRO_RESPONSES, responses)
+    accumulated = responses // micro_rows // task.processes
     settings = GRPOConfig(
         num_generations=task.responses,
         max_completion_length=task.tokens,
         use_vllm=not task.replay,
         vllm_mode="colocate",
-        vllm_max_model_length=PROMPT_TOKENS + task.tokens,
+        # TRL hands vLLM a prompt with all placeholders of the image, of which vLLM takes the first and adds the others.
+        vllm_max_model_length=PROMPT_TOKENS + VISUAL_TOKENS - 1 + task.tokens,
         # TRL computes the log-probabilities for it in a pass of their own.
         vllm_importance_sampling_correction=task.corrected,
         vllm_importance_sampling_mode="token_truncate",
         vllm_importance_sampling_clip_max=IMPORTANCE_CAP,
         generation_kwargs={} if task.replay else {"allowed_token_ids": allowed},
         scale_rewards="none",
-        **shared_settings(task, folder, micro_rows, responses // micro_rows),
+        ddp_backend="gloo" if task.processes > 1 else None,
+        **shared_settings(task, folder, micro_rows, accumulated),
     )
     prepare_vllm()
     recorder = StepRecorder()
@@ -270,8 +273,17 @@ def train_grpo(task: PeerTask, folder: Path) -> BenchRow:
     os.sched_setaffinity(0, affinity)
     set_threads(task.threads)
     trainer.train()
-    row = recorder.row(responses // micro_rows)
+    row = recorder.row(accumulated)
+    if task.processes > 1:
+        row["tokens"] = sum_over_processes(row["tokens"])
     return row | {"losses": [float(log["loss"]) for log in recorder.logs]}
+
+
+def sum_over_processes(counts: list[int]) -> list[int]:
+    """Return the sums of ``counts`` over all processes.  A collective."""
+    total = torch.tensor(counts)
+    torch.distributed.all_reduce(total)
+    return total.tolist()
 
 
 def prepare_vllm() -> None:
@@ -308,7 +320,9 @@ def main() -> None:
     task = PeerTask(**json.loads(sys.argv[1]))
     torch.set_num_threads(task.threads)
     train = train_sft if task.kind == "sft" else train_grpo
-    print(json.dumps(train(task, Path(sys.argv[2]))), flush=True)
+    row = train(task, Path(sys.argv[2]))
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

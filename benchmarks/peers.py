@@ -55,6 +55,8 @@ def make_cases(shapes: Sequence[str], only: str = "") -> list[PeerCase]:
         prompts = 8 if is_tiny else 4
         grpo = PeerTask(kind="grpo", who=OURS, rows=prompts, tokens=128, responses=8, steps=sft.steps // 2 + 1)
         long_grpo = replace(grpo, tokens=512)
+        corrected = replace(grpo, corrected=True)
+        two = replace(corrected, processes=2, threads=1)
         text = replace(sft, images=False)
         cases += [
             PeerCase(f"{shape}, SFT, equal lengths", shape, replace(sft, equal=True), (PADDING,)),
@@ -62,6 +64,9 @@ def make_cases(shapes: Sequence[str], only: str = "") -> list[PeerCase]:
             PeerCase(f"{shape}, SFT, natural lengths, text", shape, text, (PADDING, PACKING)),
             PeerCase(f"{shape}, GRPO, replayed", shape, replace(grpo, replay=True, steps=0), (PADDING,)),
             PeerCase(f"{shape}, GRPO, up to 128 tokens", shape, grpo, (PADDING,)),
+            PeerCase(f"{shape}, GRPO, up to 128, corrected", shape, corrected, (PADDING,)),
+            PeerCase(f"{shape}, GRPO, up to 128, two processes", shape, two, (PADDING,)),
+            PeerCase(f"{shape}, GRPO, up to 128, ahead", shape, replace(two, ahead=True), (PADDING,)),
             PeerCase(f"{shape}, GRPO, up to 512 tokens", shape, long_grpo, (PADDING,)),
             PeerCase(f"{shape}, GRPO, up to 512, corrected", shape, replace(long_grpo, corrected=True), (PADDING,)),
         ]
@@ -110,8 +115,18 @@ def measure(task: PeerTask, folder: Path, trl: Path) -> BenchRow:
     """Measure one side in a process of its own; ``failed`` says why it ended."""
     module = MODULES.get(task.who, TRL_MODULE)
     arguments = (json.dumps(asdict(task)), folder)
+    launcher: list[str] = []
+    if task.processes > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={task.processes}"]
     try:
-        *_, steps = run_in_subprocess(module, *arguments, search_path=[trl], sample_s=SAMPLE_S)
+        *_, steps = run_in_subprocess(
+            module,
+            *arguments,
+            launcher=launcher,
+            search_path=[trl],
+            threads=task.threads,
+            sample_s=SAMPLE_S,
+        )
     except MeasurementError as error:
         return {"failed": str(error)}
     row: BenchRow = {"peak_bytes": steps["peak_bytes"], "norm": steps["norms"][:1], "loss": steps["losses"][:1]}
@@ -119,8 +134,10 @@ def measure(task: PeerTask, folder: Path, trl: Path) -> BenchRow:
         tokens = steps["tokens"][1:]  # the first step warms up
         row["seconds"] = statistics.median(steps["seconds"])
         row["tokens_per_second"] = median_rate(tokens, steps["seconds"])
-        row["tokens_per_cpu_second"] = median_rate(tokens, steps["cpu_seconds"])
-        row |= {"step_seconds": steps["seconds"], "step_cpu_seconds": steps["cpu_seconds"], "step_tokens": tokens}
+        row |= {"step_seconds": steps["seconds"], "step_tokens": tokens}
+        if task.processes == 1:  # each process has seconds of its own
+            row["tokens_per_cpu_second"] = median_rate(tokens, steps["cpu_seconds"])
+            row["step_cpu_seconds"] = steps["cpu_seconds"]
     return row | ({"phases": steps["phases"]} if "phases" in steps else {})
 
 
@@ -134,8 +151,8 @@ def compare(ours: BenchRow, peer: BenchRow, who: str) -> BenchRow:
     if "failed" in ours or "failed" in peer:
         return {}
     result: BenchRow = {}
-    if "tokens_per_second" in ours:
-        for name, rate in (("ratio", "tokens_per_second"), ("cpu_ratio", "tokens_per_cpu_second")):
+    for name, rate in (("ratio", "tokens_per_second"), ("cpu_ratio", "tokens_per_cpu_second")):
+        if rate in ours:
             result[name] = ours[rate] / peer[rate]
     pairs = list(zip(ours["loss"], peer["loss"], strict=False))
     # Micro-batches weigh the same in TRL, however many tokens they learn: row by row another gradient comes of it.
@@ -155,7 +172,8 @@ def format_row(row: BenchRow) -> str:
     line = f"{row['name']:52}"
     line += f"{row['seconds']:9.3f}{row['tokens_per_second']:10,.0f}" if timed else " " * 19
     line += f"{row['peak_bytes'] / 2**30:10.2f}"
-    line += f"{row['ratio']:8.2f}{row['cpu_ratio']:7.2f}" if "ratio" in row else " " * 15
+    line += f"{row['ratio']:8.2f}" if "ratio" in row else " " * 8
+    line += f"{row['cpu_ratio']:7.2f}" if "cpu_ratio" in row else " " * 7
     if "difference" in row:
         line += f"  {row['difference']:.1e}"
         line += f": over {TOLERANCE:g}, so the comparison is void" if row["void"] else ""

@@ -29,6 +29,7 @@ def run_in_subprocess(
     *arguments: object,
     launcher: Sequence[str] = (),
     search_path: Sequence[Path] = (),
+    threads: int = 0,
     sample_s: float = 0.0,
 ) -> list[BenchRow]:
     """Run ``module`` as a program and return the JSON objects among the lines of its output.
@@ -38,6 +39,7 @@ def run_in_subprocess(
         arguments: of the program.
         launcher: arguments of the interpreter that start the program, such as ``-m torch.distributed.run ...``.
         search_path: folders of packages that this environment lacks.
+        threads: of OpenMP in each process; 0: as many as for this one.
         sample_s: seconds between samples of the memory of all its processes; each row gets their ``peak_bytes``.  0:
             none.
 
@@ -48,6 +50,8 @@ def run_in_subprocess(
     # This package is not installed: Python finds it, and its version of `ovr_megatron`, in the checkout.
     folders = [str(_ROOT), os.environ.get("PYTHONPATH"), *map(str, search_path)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, folders))}
+    if threads:
+        environment["OMP_NUM_THREADS"] = str(threads)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     sampler = PeakMemory(process.pid, sample_s)
     if sample_s:

@@ -5,6 +5,7 @@ Shapes: T rows of the pack on this rank, N query heads and G key-value heads of 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from ovr_megatron.model import kernels
-from ovr_megatron.model.segments import DocumentGroup, Segments
+from ovr_megatron.model.segments import DocumentGroup, Grouping, Segments
 
 
 def rotary_table(angles: Tensor, dtype: torch.dtype = torch.float32, scaling: float = 1.0) -> Tensor:
@@ -152,13 +153,15 @@ class PackedDotProductAttention(MegatronModule):
             )
             key_TGH, value_TGH = gathered.chunk(2, dim=1)
         queries_per_key = query_TNH.size(1) // key_TGH.size(1)
-        # torch's kernels for a GPU and for prefix attention want equal heads.
-        has_prefixes = bool(packed_seq_params.prefixes)
-        needs_equal_heads = query_TNH.is_cuda or self.cp_group is not None or has_prefixes
-        if queries_per_key > 1 and needs_equal_heads:
+        # torch's kernels for a GPU want equal heads.
+        if queries_per_key > 1 and query_TNH.is_cuda:
             key_TGH = key_TGH.repeat_interleave(queries_per_key, dim=1)
             value_TGH = value_TGH.repeat_interleave(queries_per_key, dim=1)
         grouping = packed_seq_params.grouping
+        # On a GPU without shared prompts torch chooses the kernel (`attend`).
+        if self.cp_group is None and (grouping.prompts or not query_TNH.is_cuda):
+            out = _PackAttention.apply(query_TNH, key_TGH, value_TGH, grouping, self.causal, self.scale)
+            return out.flatten(1)
         parts = []
         for group in grouping.groups:
             part = self._attend(query_TNH, key_TGH, value_TGH, group)
@@ -175,20 +178,141 @@ class PackedDotProductAttention(MegatronModule):
         value: Tensor,
         group: DocumentGroup,
     ) -> Tensor:
-        def batch(x: Tensor, index: Tensor) -> Tensor:
-            rows = x if group.is_pack else x[index.flatten()]
-            batched = rows.view(*index.shape, *x.shape[1:])
-            return batched.transpose(1, 2)
-
         out = attend(
-            batch(query, group.queries),
-            batch(key, group.keys),
-            batch(value, group.keys),
+            _batch(query, group.queries, group.is_pack),
+            _batch(key, group.keys, group.is_pack),
+            _batch(value, group.keys, group.is_pack),
             self.causal,
             self.scale,
         )
-        rows = out.transpose(1, 2).flatten(0, 1)
-        return rows.flatten(1)
+        return _rows(out).flatten(1)
+
+
+def _batch(x: Tensor, index: Tensor, is_pack: bool = False) -> Tensor:
+    """Return the rows ``index`` [B, L] of ``x`` [T, N, ...] as [B, N, L, ...]; ``is_pack``: they are all, in order."""
+    rows = x if is_pack else x[index.flatten()]
+    batched = rows.view(*index.shape, *x.shape[1:])
+    return batched.transpose(1, 2)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Return ``x`` [B, N, L, ...] as rows [B * L, N, ...], the inverse of `_batch`."""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+class _PackAttention(torch.autograd.Function):
+    """Attention within each document of a pack, and from documents to the prompt that they share.
+
+    A prompt's keys and values are read for all of its documents at once, where a batch of documents would need a copy
+    for each.  Own and shared part are merged as in `_PrefixAttention`.
+
+    Every row of the pack is a query of one group, so that the backward pass gathers the gradients by
+    `Grouping.inverse`; autograd would add them row by row.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        grouping: Grouping,
+        causal: bool,
+        scale: float | None,
+    ) -> Tensor:
+        outputs = []
+        norms = []
+        for group in grouping.groups:
+            rows = (group.queries, group.is_pack)
+            group_out, group_norm = _flash(
+                _batch(query, *rows), _batch(key, *rows), _batch(value, *rows), causal, scale
+            )
+            outputs.append(_rows(group_out))
+            norms.append(_rows(group_norm))
+        out = _in_order(outputs, grouping)
+        norm = _in_order(norms, grouping)
+        for prompt in grouping.prompts:
+            queries = prompt.queries[None]
+            keys = prompt.keys[None]
+            shared_out, shared_norm = _flash(
+                _batch(query, queries), _batch(key, keys), _batch(value, keys), False, scale
+            )
+            own_norm = norm[prompt.queries]
+            own_out = out[prompt.queries]
+            merged_out, merged_norm = _merge(own_out, own_norm, _rows(shared_out), _rows(shared_norm))
+            out[prompt.queries] = merged_out
+            norm[prompt.queries] = merged_norm
+        out = out.to(query.dtype)
+        ctx.save_for_backward(query, key, value, out, norm)
+        ctx.grouping = grouping
+        ctx.causal = causal
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
+        query, key, value, out, norm = ctx.saved_tensors
+        grouping = ctx.grouping
+        query_parts = []
+        key_parts = []
+        value_parts = []
+        for group in grouping.groups:
+            rows = (group.queries, group.is_pack)
+            group_norm = _batch(norm, *rows)
+            if group.padding is not None:
+                # Padding has the gradient of row 0: without a share in the softmax it passes none of it on.
+                group_norm = group_norm.masked_fill(group.padding[:, None], float("inf"))
+            d_query, d_key, d_value = _flash_backward(
+                _batch(key, *rows),
+                _batch(value, *rows),
+                ctx.causal,
+                _batch(query, *rows),
+                _batch(out, *rows),
+                group_norm.contiguous(),
+                _batch(grad, *rows),
+                ctx.scale,
+            )
+            query_parts.append(_rows(d_query))
+            key_parts.append(_rows(d_key))
+            value_parts.append(_rows(d_value))
+        d_query = _in_order(query_parts, grouping)
+        d_key = _in_order(key_parts, grouping)
+        d_value = _in_order(value_parts, grouping)
+        for prompt in grouping.prompts:
+            queries = prompt.queries[None]
+            keys = prompt.keys[None]
+            shared_d_query, shared_d_key, shared_d_value = _flash_backward(
+                _batch(key, keys),
+                _batch(value, keys),
+                False,
+                _batch(query, queries),
+                _batch(out, queries),
+                _batch(norm, queries).contiguous(),
+                _batch(grad, queries),
+                ctx.scale,
+            )
+            # No row is twice among the queries of a prompt, nor among its keys: `+=` adds all of them.
+            d_query[prompt.queries] += _rows(shared_d_query)
+            d_key[prompt.keys] += _rows(shared_d_key)
+            d_value[prompt.keys] += _rows(shared_d_value)
+        return d_query, d_key, d_value, None, None, None
+
+
+def _in_order(parts: Sequence[Tensor], grouping: Grouping) -> Tensor:
+    """Return the rows of the groups' ``parts`` in the order of the pack, without padding."""
+    if grouping.inverse is None:
+        return parts[0]
+    return torch.cat(list(parts))[grouping.inverse]
+
+
+def _merge(out: Tensor, norm: Tensor, other_out: Tensor, other_norm: Tensor) -> tuple[Tensor, Tensor]:
+    """Return output [..., H] and log-sum-exp [...] of attention over the keys of both parts, from those of each."""
+    # A part's share of the softmax is e^(its log-sum-exp - the merged one), at most 1: nothing overflows.
+    merged_norm = torch.logaddexp(norm, other_norm)
+    share = (norm - merged_norm).exp()
+    other_share = (other_norm - merged_norm).exp()
+    merged_out = out * share[..., None] + other_out * other_share[..., None]
+    return merged_out, merged_norm
 
 
 def attend(
@@ -201,7 +325,7 @@ def attend(
     """Return the attention output [B, N, L, H] of ``query`` [B, N, L, H] over ``key`` and ``value`` [B, N, K, H].
 
     Causal: the last query sees all K keys, the one before it all but the last, and so on.  No mask is built.  On a CPU
-    with as many keys as queries, ``key`` and ``value`` may have fewer heads, each shared by neighbouring query heads.
+    ``key`` and ``value`` may have fewer heads, each shared by neighbouring query heads.
     """
     if causal and query.size(2) < key.size(2):
         # torch's own mask would begin at the first key: query i would see the keys up to i.
@@ -230,11 +354,7 @@ class _PrefixAttention(torch.autograd.Function):
         prefix_value, causal_value = _split_rows(value, query)
         prefix_out, prefix_norm = _flash(query, prefix_key, prefix_value, False, scale)
         causal_out, causal_norm = _flash(query, causal_key, causal_value, True, scale)
-        # A part's share of the softmax is e^(its log-sum-exp - the merged one), at most 1: nothing overflows.
-        norm = torch.logaddexp(prefix_norm, causal_norm)
-        prefix_share = (prefix_norm - norm).exp()
-        causal_share = (causal_norm - norm).exp()
-        out = prefix_out * prefix_share[..., None] + causal_out * causal_share[..., None]
+        out, norm = _merge(prefix_out, prefix_norm, causal_out, causal_norm)
         out = out.to(query.dtype)
         ctx.save_for_backward(query, key, value, out, norm)
         ctx.scale = scale

@@ -29,11 +29,24 @@ class DocumentGroup:
 
     The last query sees all keys; under a causal mask the one before it all but the last, and so on.  Shorter
     documents are padded with row 0.
+
+    Attributes:
+        is_pack: the group is all rows of the pack in order, so gathering is a reshape.
+        padding: bool [B, L], which queries are padding; None: none.
     """
 
     queries: Tensor
     keys: Tensor
-    is_pack: bool = False  # the group is all rows of the pack in order, so gathering is a reshape
+    is_pack: bool = False
+    padding: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class SharedPrompt:
+    """Rows of a prompt, ``keys`` [K], and of all documents that see it before their own rows, ``queries`` [Q]."""
+
+    queries: Tensor
+    keys: Tensor
 
 
 @dataclass(frozen=True)
@@ -41,12 +54,14 @@ class Grouping:
     """The batches of attention without Transformer Engine over a pack.
 
     Attributes:
-        groups: documents batched by length.
+        groups: documents batched by length; under context parallelism the keys of each begin with its shared prompt.
         inverse: [T], for each row of this rank its row in the concatenated outputs of the groups; None: the same.
+        prompts: shared prompts, which no group has among its keys; empty under context parallelism.
     """
 
     groups: list[DocumentGroup]
     inverse: Tensor | None
+    prompts: Sequence[SharedPrompt] = ()
 
 
 @dataclass
@@ -165,8 +180,9 @@ class Segments(PackedSeqParams):
         starts = self.starts
         device = self.cu_seqlens_q.device
         widths = _row_counts(starts)
-        prefixes = self.prefixes or [(0, 0)] * len(widths)
+        prompts: list[SharedPrompt] = []
         if self.share[0] > 1:
+            prefixes = self.prefixes or [(0, 0)] * len(widths)
             groups = _chunk_groups(starts, widths, prefixes, *self.share)
         elif len(set(widths)) == 1 and not self.prefixes:
             # Documents of one length: a view of the pack is the batch, and nothing is gathered or scattered.
@@ -176,44 +192,57 @@ class Segments(PackedSeqParams):
             return Grouping([pack_group], None)
         else:
             groups = []
-            for members in _group_by_length(widths, prefixes, self.exact):
-                group = _document_group(starts, widths, prefixes, members)
+            for members in _group_by_length(widths, [0] * len(widths), self.exact):
+                group = _document_group(starts, widths, members)
                 groups.append(group)
+            for prompt in _shared_prompts(starts, self.prefixes):
+                prompts.append(SharedPrompt(send(prompt.queries, device), send(prompt.keys, device)))
         # Before the groups are sent: it sets their padding to row 0.
         inverse = send(_inverse(groups), device)
         device_groups = []
         for group in groups:
             queries = send(group.queries, device)
             keys = send(group.keys, device)
-            device_groups.append(DocumentGroup(queries, keys))
-        return Grouping(device_groups, inverse)
+            padding = None if group.padding is None else send(group.padding, device)
+            device_groups.append(DocumentGroup(queries, keys, padding=padding))
+        return Grouping(device_groups, inverse, prompts)
 
 
 def _row_counts(starts: Sequence[int]) -> list[int]:
     return [end - start for start, end in pairwise(starts)]
 
 
-def _document_group(
-    starts: Sequence[int],
-    widths: Sequence[int],
-    prefixes: Sequence[tuple[int, int]],
-    members: Sequence[int],
-) -> DocumentGroup:
-    """Batch full documents; the first of ``members`` is the longest.  A negative row is padding.
-
-    Their prefixes have equally many rows: padding at the end of a document is seen by no row of it, padding between
-    prefix and document would be.
-    """
+def _document_group(starts: Sequence[int], widths: Sequence[int], members: Sequence[int]) -> DocumentGroup:
+    """Batch full documents; the first of ``members`` is the longest.  A negative row is padding."""
     longest = widths[members[0]]
     columns = torch.arange(longest)[None]
     first_rows = torch.tensor([starts[i] for i in members])[:, None]
     lengths = torch.tensor([widths[i] for i in members])[:, None]
     rows = first_rows + columns
-    queries = torch.where(columns < lengths, rows, -1)
+    padding = columns >= lengths
+    queries = rows.masked_fill(padding, -1)
     # A tensor of its own: `_inverse` reads the padding off the queries and then sets it.
     keys = queries.clamp(min=0)
-    prefix_keys = _prefix_rows(prefixes, members)
-    return DocumentGroup(queries, torch.cat((prefix_keys, keys), dim=1))
+    return DocumentGroup(queries, keys, padding=padding if padding.any() else None)
+
+
+def _shared_prompts(starts: Sequence[int], prefixes: Sequence[tuple[int, int]]) -> list[SharedPrompt]:
+    """Return each shared prompt with the rows of all documents that see it.
+
+    Args:
+        starts: `Segments.starts`.
+        prefixes: `Segments.prefixes`.
+    """
+    rows_of_prompt: dict[tuple[int, int], list[Tensor]] = {}
+    for prefix, (start, end) in zip(prefixes, pairwise(starts), strict=bool(prefixes)):
+        _, count = prefix
+        if count:
+            rows_of_prompt.setdefault(prefix, []).append(torch.arange(start, end))
+    prompts = []
+    for (first, count), rows in rows_of_prompt.items():
+        keys = torch.arange(first, first + count)
+        prompts.append(SharedPrompt(torch.cat(rows), keys))
+    return prompts
 
 
 def _prefix_rows(prefixes: Sequence[tuple[int, int]], members: Sequence[int]) -> Tensor:
@@ -233,7 +262,9 @@ def _chunk_groups(
     """Batch the two chunks that ``rank`` holds of each document, with the prefix's keys and its own up to their end."""
     gathered = gathered_rows(starts, cp)
     groups = []
-    for members in _group_by_length(widths, prefixes, exact=True):
+    # Padding at the end of a document is seen by no row of it; padding between prefix and document would be.
+    prefix_counts = [count for _, count in prefixes]
+    for members in _group_by_length(widths, prefix_counts, exact=True):
         prefix_rows = _prefix_rows(prefixes, members)
         size = widths[members[0]] // (2 * cp)
         document_starts = torch.tensor([starts[i] for i in members])[:, None]
@@ -262,9 +293,9 @@ def _inverse(groups: Sequence[DocumentGroup]) -> Tensor:
     return inverse
 
 
-def _group_by_length(lengths: Sequence[int], prefixes: Sequence[tuple[int, int]], exact: bool) -> list[list[int]]:
+def _group_by_length(lengths: Sequence[int], prefix_counts: Sequence[int], exact: bool) -> list[list[int]]:
     """Return indices of ``lengths`` in groups of like length and equal prefix, longest first within a group."""
-    longest_first = sorted(range(len(lengths)), key=lambda i: (prefixes[i][1], -lengths[i]))
+    longest_first = sorted(range(len(lengths)), key=lambda i: (prefix_counts[i], -lengths[i]))
     groups: list[list[int]] = []
     for i in longest_first:
         if groups:
@@ -272,7 +303,7 @@ def _group_by_length(lengths: Sequence[int], prefixes: Sequence[tuple[int, int]]
             longest = lengths[last[0]]
             shortest = longest if exact else _MIN_FILL * longest
             padded_tokens = (len(last) + 1) * longest
-            same_prefix = prefixes[i][1] == prefixes[last[0]][1]
+            same_prefix = prefix_counts[i] == prefix_counts[last[0]]
             if same_prefix and lengths[i] >= shortest and padded_tokens <= _GROUP_TOKENS:
                 last.append(i)
                 continue

@@ -7,14 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from ovr_megatron.config import ParallelConfig
 from ovr_megatron.data.packing import IGNORED, Pack
-from ovr_megatron.model.attention import attend
 from ovr_megatron.model.context import gathered_rows, rank_rows, share_images
 from ovr_megatron.model.layout import alignment
-from ovr_megatron.model.segments import Segments
 from tests.model.engine_source import source_functions
 
 
@@ -108,24 +105,6 @@ def test_eight_bit_products_take_the_rows_of_every_layout(recipe: str) -> None:
         if recipe == "block":
             assert rows % 128 == 0
             assert not blocks or blocks["is_quantizable"](SimpleNamespace(block_len=128), local)
-
-
-@pytest.mark.parametrize("queries", [1, 3, 16])
-def test_causal_attention_of_the_last_rows(queries: int) -> None:
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(2, 3, n, 8, requires_grad=True) for n in (queries, 16, 16))
-    mask = torch.ones(queries, 16, dtype=torch.bool).tril(16 - queries)
-    grad = torch.randn(2, 3, queries, 8)
-    ours, theirs = attend(q, k, v, causal=True), F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    assert torch.allclose(ours, theirs, atol=1e-6)
-    gradients = [torch.autograd.grad(out, (q, k, v), grad) for out in (ours, theirs)]
-    for a, b in zip(*gradients, strict=True):
-        assert torch.allclose(a, b, atol=2e-6)
-
-
-def test_no_group_of_a_long_document_is_square_in_memory() -> None:
-    segments = Segments.build(torch.tensor([0, 65536], dtype=torch.int32), exact=False, device=torch.device("cpu"))
-    assert sum(group.queries.numel() + group.keys.numel() for group in segments.grouping.groups) <= 2 * 65536
 
 
 def test_images_are_balanced() -> None:

@@ -1,0 +1,77 @@
+"""Attention without Transformer Engine, against torch's with a mask written from the rule."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.enums import AttnMaskType
+
+from ovr_megatron.model.attention import PackedDotProductAttention, attend
+from ovr_megatron.model.segments import Segments
+
+
+@pytest.mark.parametrize("heads", [2, 4])
+@pytest.mark.parametrize("queries", [1, 3, 16])
+def test_causal_attention_of_the_last_rows(queries: int, heads: int) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, n, rows, 8, requires_grad=True) for n, rows in ((4, queries), (heads, 16), (heads, 16)))
+    mask = torch.ones(queries, 16, dtype=torch.bool).tril(16 - queries)
+    grad = torch.randn(2, 4, queries, 8)
+    ours = attend(q, k, v, causal=True)
+    theirs = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    assert torch.allclose(ours, theirs, atol=1e-6)
+    gradients = [torch.autograd.grad(out, (q, k, v), grad) for out in (ours, theirs)]
+    for a, b in zip(*gradients, strict=True):
+        assert torch.allclose(a, b, atol=2e-6)
+
+
+@pytest.mark.parametrize("heads", [2, 4])
+@pytest.mark.parametrize(
+    ("lengths", "prefix_of", "causal"),
+    [
+        ([5, 5, 5], None, True),  # a view of the pack
+        ([3, 9, 10, 2, 8], None, True),  # three of them are a batch with padding
+        ([4, 7, 4, 7, 4], None, False),
+        ([4, 6, 5, 9, 7, 3], [-1, -1, 0, 1, 0, -1], True),
+        ([4, 6, 9, 8, 9, 8], [-1, -1, 1, 0, 0, 1], True),  # prompts and documents alternate, and are a batch
+    ],
+)
+def test_documents_of_a_pack_see_themselves_and_their_prompt(
+    lengths: list[int],
+    prefix_of: list[int] | None,
+    causal: bool,
+    heads: int,
+) -> None:
+    """By a mask written from the rule, in float64."""
+    torch.manual_seed(0)
+    document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    size = len(document)
+    same = document[:, None] == document[None]
+    mask = same.tril() if causal else same
+    for row in range(size):
+        prompt = -1 if prefix_of is None else prefix_of[document[row]]
+        mask[row] |= document == prompt
+    query = torch.randn(size, 4, 8, requires_grad=True)
+    key, value = (torch.randn(size, heads, 8, requires_grad=True) for _ in range(2))
+    grad = torch.randn(size, 4 * 8)
+    bounds = torch.tensor([0, *lengths]).cumsum(0).int()
+    prefixes = None if prefix_of is None else torch.tensor(prefix_of)
+    segments = Segments.build(bounds, exact=not causal, device=torch.device("cpu"), prefix_of=prefixes)
+    mask_type = AttnMaskType.padding_causal if causal else AttnMaskType.padding
+    groups = SimpleNamespace(cp=None)
+    attention = PackedDotProductAttention(
+        SimpleNamespace(context_parallel_size=1), attn_mask_type=mask_type, pg_collection=groups
+    )
+    ours = attention(query, key, value, None, attn_mask_type=mask_type, packed_seq_params=segments)
+    rows = [x.double().transpose(0, 1)[None] for x in (query, key, value)]
+    theirs = F.scaled_dot_product_attention(*rows, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1).flatten(1)
+    assert torch.allclose(ours.double(), theirs, atol=1e-6)
+    gradients = [torch.autograd.grad(out, (query, key, value), grad.to(out.dtype)) for out in (ours, theirs)]
+    for a, b in zip(*gradients, strict=True):
+        assert torch.allclose(a, b, atol=2e-6)
+
+
+def test_no_group_of_a_long_document_is_square_in_memory() -> None:
+    segments = Segments.build(torch.tensor([0, 65536], dtype=torch.int32), exact=False, device=torch.device("cpu"))
+    assert sum(group.queries.numel() + group.keys.numel() for group in segments.grouping.groups) <= 2 * 65536
