@@ -161,6 +161,7 @@ def train_grpo(task: PeerTask, folder: Path) -> BenchRow:
         "curriculum": [{"until": 1000, "max_tokens": PROMPT_TOKENS + task.tokens}],
         "rollout": {
             "max_num_seqs": task.rows * task.responses,
+            "enforce_eager": False,  # vLLM's default, as TRL has it
             **({"ranks": 1, "max_staleness": 1} if task.ahead else {}),
         },
         "reward": {"workers": 1, "rules": {"rows": RULE}},

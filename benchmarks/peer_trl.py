@@ -293,7 +293,7 @@ def prepare_vllm() -> None:
     originals, so that TRL's update ends with "'Parameter' object has no attribute 'weight_loader'": here it keeps
     them, and torch multiplies.
     """
-    settings = {"dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": CACHE_BYTES}
+    settings = {"dtype": "float32", "kv_cache_memory_bytes": CACHE_BYTES}
     vllm_generation.LLM = functools.partial(vllm_generation.LLM, **settings)
     vllm_layers.dispatch_cpu_unquantized_gemm = _multiply_by_torch
 

@@ -7,6 +7,7 @@ which holds one copy of the model, needs the same prompts on all of its ranks an
 from __future__ import annotations
 
 import os
+import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -62,8 +63,10 @@ _started: list[LLM] = []
 
 
 @contextmanager
-def undisturbed() -> Iterator[None]:
+def undisturbed(compiles: bool = False) -> Iterator[None]:
     """Restore the process after the block: generators, threads, affinity, default dtype and environment variables.
+
+    On a CPU nothing is compiled in the block without ``compiles``.
 
     vLLM seeds the global generators, draws from them, replaces ``torch.set_num_threads`` and sets variables, among
     them ``LD_PRELOAD`` and ``LOCAL_WORLD_SIZE``, that child processes and the trainer would inherit.
@@ -71,8 +74,9 @@ def undisturbed() -> Iterator[None]:
     environment = dict(os.environ)
     affinity = os.sched_getaffinity(0)
     cuda_generator = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    # On a CPU vLLM compiles one comparison of its sampler, which takes seconds and wants a C++ compiler.
-    compiling = nullcontext() if torch.cuda.is_available() else torch.compiler.set_stance("force_eager")
+    # Even where its model is not compiled, vLLM compiles one comparison of its sampler: seconds, and a C++ compiler.
+    may_compile = compiles or torch.cuda.is_available()
+    compiling = nullcontext() if may_compile else torch.compiler.set_stance("force_eager")
     os.environ.update(_ENVIRONMENT)
     try:
         with keep_generators(), compiling, warnings.catch_warnings(action="ignore", category=FutureWarning):
@@ -122,7 +126,8 @@ class RolloutEngine:
             group: Of all ranks that send weights or have an engine; None: these are the ranks of the default group.
 
         Raises:
-            RolloutError: ``rollout.tp`` does not divide the number of processes.
+            RolloutError: ``rollout.tp`` does not divide the number of processes, or the model is to be compiled on a
+                CPU without a C++ compiler.
         """
         if dist.get_world_size() % config.tp:
             raise RolloutError(
@@ -136,6 +141,9 @@ class RolloutEngine:
         self._asleep: set[str] = set()
         self._pending = PendingPrompts()
         self._empty = empty
+        self._compiles = config.enforce_eager is False
+        if self._compiles and not torch.cuda.is_available():
+            check_compiler()
         register_model(family_of(processor.shape))
         settings = _settings(config, processor, dtype, max_model_len, offload)
         if empty:
@@ -144,7 +152,7 @@ class RolloutEngine:
             # Without a stream set in Python, vLLM's NCCL communicator makes one of its own current for good, and the
             # trainer's gradients would be accumulated on another stream than they are computed on.
             torch.cuda.set_stream(torch.cuda.current_stream())
-        with undisturbed():
+        with undisturbed(self._compiles):
             # vLLM takes the launcher's rank for that in the default group, which may have a part of the ranks alone.
             os.environ["RANK"] = str(dist.get_rank())
             with private_segments(None if torch.cuda.is_available() else self._group):
@@ -164,7 +172,7 @@ class RolloutEngine:
         Raises:
             TransferError: no rank holds rows that a parameter needs.
         """
-        with undisturbed():
+        with undisturbed(self._compiles):
             self._wake("weights")
             if self._empty:
                 self._llm.collective_rpc(clear_positions)
@@ -241,7 +249,7 @@ class RolloutEngine:
             The prompts that vLLM gave up or did not take, and why; for these `on_result` is not called.
         """
         failed: list[tuple[int, str]] = []
-        with undisturbed():
+        with undisturbed(self._compiles):
             self._wake_to_work()
             waiting = self._pending = PendingPrompts()
             has_more = True
@@ -335,7 +343,7 @@ class RolloutEngine:
         Raises:
             RolloutError: vLLM gave a request up.
         """
-        with undisturbed():
+        with undisturbed(self._compiles):
             self._wake_to_work()
             if prompts:
                 inputs = [request_of(prompt) for prompt in prompts]
@@ -369,7 +377,7 @@ class RolloutEngine:
         # After an update the weights are awake while the cache may still sleep; then the weights go to sleep again.
         if "weights" in self._asleep:
             return
-        with undisturbed():
+        with undisturbed(self._compiles):
             self._reset_caches()
             if self._can_sleep:
                 self._llm.sleep(level=2 if deep else 1)
@@ -378,7 +386,7 @@ class RolloutEngine:
 
     def drop_caches(self) -> None:
         """Drop keys, values and image features: responses then depend on no prompts of earlier calls."""
-        with undisturbed():
+        with undisturbed(self._compiles):
             self._reset_caches()
 
     def _wake_to_work(self) -> None:
@@ -409,6 +417,16 @@ def clear_positions(worker: Any) -> None:
     state = getattr(getattr(worker.model_runner, "model_state", None), "rope_state", None)
     if state is not None:
         state.positions.zero_()
+
+
+def check_compiler() -> None:
+    """Raise `RolloutError` where there is no C++ compiler, which torch's inductor calls on a CPU."""
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise RolloutError(
+            f"rollout.enforce_eager=false compiles vLLM's model on a CPU, and there is no {compiler}; install a C++ "
+            "compiler, name one in CXX, or leave rollout.enforce_eager at null"
+        )
 
 
 def request_of(prompt: Prompt) -> dict[str, object]:
@@ -458,7 +476,7 @@ def _settings(
     if torch.cuda.is_available():
         return settings | {
             "gpu_memory_utilization": share,
-            "enforce_eager": config.enforce_eager,
+            "enforce_eager": bool(config.enforce_eager),
             "async_scheduling": None if config.async_scheduling else False,  # None: vLLM does where it can
             "enable_sleep_mode": True,
             "sleep_mode_offload_cudagraph": offload,
@@ -467,7 +485,7 @@ def _settings(
         }
     settings.setdefault("kv_cache_memory_bytes", _cache_bytes(config, processor.shape, dtype, max_model_len))
     return settings | {
-        "enforce_eager": True,
+        "enforce_eager": config.enforce_eager is not False,
         "block_size": _CPU_BLOCK_TOKENS,
         # vLLM rewinds a request's generator when it cuts its prefill, which torch's CPU generators cannot do.
         "enable_chunked_prefill": False,
