@@ -19,7 +19,7 @@ VISUAL_TOKENS = 16  # of such an image
 MIN_PIXELS = 784
 MAX_PIXELS = IMAGE_SIDE**2  # images keep their size
 QUESTION = "Which digits follow?"
-# TRL's default for GRPO: with it the random model's responses stay as long as they are.
+# That of GRPO is TRL's default: with it the lengths of responses hardly change during the benchmark.
 LEARNING_RATES = {"sft": 1e-4, "grpo": 1e-6}
 BETA2 = 0.95
 IMPORTANCE_CAP = 3.0  # TRL's default
@@ -49,7 +49,7 @@ class PeerTask:
         rows: Rows, or prompts, of a step.
         tokens: Mean length of a reply; of GRPO the most tokens of a response.
         responses: To each prompt of GRPO.
-        steps: Measured steps, after one that warms up.
+        steps: Measured steps, after one that warms up; TRL measures one more where `ahead` is set.
         processes: Of each side.
         ahead: Whether of our two processes one generates while the other one learns, an iteration ahead.
         threads: Of each process.

@@ -246,7 +246,7 @@ def train_grpo(task: PeerTask, folder: Path) -> BenchRow:
         max_completion_length=task.tokens,
         use_vllm=not task.replay,
         vllm_mode="colocate",
-        # TRL hands vLLM a prompt with all placeholders of the image, of which vLLM takes the first and adds the others.
+        # TRL hands vLLM a placeholder for each visual token: vLLM expands the first one again and keeps the others.
         vllm_max_model_length=PROMPT_TOKENS + VISUAL_TOKENS - 1 + task.tokens,
         # TRL computes the log-probabilities for it in a pass of their own.
         vllm_importance_sampling_correction=task.corrected,

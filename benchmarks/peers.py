@@ -1,6 +1,6 @@
 """Measure steps of supervised training and of GRPO beside TRL's trainers: seconds, tokens per second, peak memory.
 
-Both sides have the same model, rows, optimizer, precision and threads, each in a process of its own.  The loss (of GRPO
+Both sides have the same model, rows, optimizer, precision, processes and threads.  The loss (of GRPO
 also the norm of the gradient) of the first step has to agree, or else the row says that the comparison is void.  TRL
 comes from a folder of its own, so that torch, Transformers and vLLM are the same for both.
 """
@@ -92,8 +92,8 @@ def run(cases: Sequence[PeerCase], rounds: int, trl: Path) -> Iterator[BenchRow]
     """Measure case after case, its sides in turn; the best of the rounds counts.
 
     A row has the median ``seconds`` of a step, learned ``tokens_per_second``, ``peak_bytes`` of the process tree, and
-    beside a peer ``ratio``, ours over its tokens per second, ``cpu_ratio``, the same per second of the processor, which
-    other load of the machine does not change, and ``difference`` of the first step.
+    beside a peer ``ratio``, ours over its tokens per second, of single processes ``cpu_ratio``, the same per second of
+    the processor, which other load of the machine does not change, and ``difference`` of the first step.
     """
     for case in cases:
         with tempfile.TemporaryDirectory(prefix="bench_peers_") as name:
@@ -112,7 +112,7 @@ def run(cases: Sequence[PeerCase], rounds: int, trl: Path) -> Iterator[BenchRow]
 
 
 def measure(task: PeerTask, folder: Path, trl: Path) -> BenchRow:
-    """Measure one side in a process of its own; ``failed`` says why it ended."""
+    """Measure one side in processes of its own; ``failed`` says why it ended."""
     module = MODULES.get(task.who, TRL_MODULE)
     arguments = (json.dumps(asdict(task)), folder)
     launcher: list[str] = []

@@ -54,8 +54,8 @@ class RolloutConfig:
     stop: list[str] = field(default_factory=list)
     """Texts that end a response."""
     enforce_eager: bool | None = None
-    """Run vLLM without CUDA graphs, on a CPU without compiling its model; null: on a CPU alone. Compiled, a step on a
-    CPU is shorter; the start takes seconds more and needs a C++ compiler."""
+    """Run vLLM without compiling its model and without CUDA graphs; null: true on a CPU, false on a GPU. On a CPU false
+    makes steps shorter, but the start takes seconds more and needs a C++ compiler."""
     async_scheduling: bool = True
     """Plan a step on a GPU during the step before; on a CPU it is planned after it."""
     mismatch_warning: NonNegativeFloat = 0.05

@@ -206,8 +206,8 @@ class _PackAttention(torch.autograd.Function):
     A prompt's keys and values are read for all of its documents at once, where a batch of documents would need a copy
     for each.  Own and shared part are merged as in `_PrefixAttention`.
 
-    Every row of the pack is a query of one group, so that the backward pass gathers the gradients by
-    `Grouping.inverse`; autograd would add them row by row.
+    Without context parallelism every row of the pack is a query of one group, and a key of the same one.  So the
+    backward pass gathers the gradients by `Grouping.inverse`; autograd would add them row by row.
     """
 
     @staticmethod
@@ -223,9 +223,12 @@ class _PackAttention(torch.autograd.Function):
         outputs = []
         norms = []
         for group in grouping.groups:
-            rows = (group.queries, group.is_pack)
             group_out, group_norm = _flash(
-                _batch(query, *rows), _batch(key, *rows), _batch(value, *rows), causal, scale
+                _batch(query, group.queries, group.is_pack),
+                _batch(key, group.keys, group.is_pack),
+                _batch(value, group.keys, group.is_pack),
+                causal,
+                scale,
             )
             outputs.append(_rows(group_out))
             norms.append(_rows(group_norm))
@@ -257,19 +260,18 @@ class _PackAttention(torch.autograd.Function):
         key_parts = []
         value_parts = []
         for group in grouping.groups:
-            rows = (group.queries, group.is_pack)
-            group_norm = _batch(norm, *rows)
+            group_norm = _batch(norm, group.queries, group.is_pack)
             if group.padding is not None:
                 # Padding has the gradient of row 0: without a share in the softmax it passes none of it on.
                 group_norm = group_norm.masked_fill(group.padding[:, None], float("inf"))
             d_query, d_key, d_value = _flash_backward(
-                _batch(key, *rows),
-                _batch(value, *rows),
+                _batch(key, group.keys, group.is_pack),
+                _batch(value, group.keys, group.is_pack),
                 ctx.causal,
-                _batch(query, *rows),
-                _batch(out, *rows),
+                _batch(query, group.queries, group.is_pack),
+                _batch(out, group.queries, group.is_pack),
                 group_norm.contiguous(),
-                _batch(grad, *rows),
+                _batch(grad, group.queries, group.is_pack),
                 ctx.scale,
             )
             query_parts.append(_rows(d_query))

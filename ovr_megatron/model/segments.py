@@ -56,7 +56,8 @@ class Grouping:
     Attributes:
         groups: documents batched by length; under context parallelism the keys of each begin with its shared prompt.
         inverse: [T], for each row of this rank its row in the concatenated outputs of the groups; None: the same.
-        prompts: shared prompts, which no group has among its keys; empty under context parallelism.
+        prompts: shared prompts; empty under context parallelism.  Where there are any, the groups' keys are each
+            document's own rows alone.
     """
 
     groups: list[DocumentGroup]
@@ -234,7 +235,9 @@ def _shared_prompts(starts: Sequence[int], prefixes: Sequence[tuple[int, int]]) 
         prefixes: `Segments.prefixes`.
     """
     rows_of_prompt: dict[tuple[int, int], list[Tensor]] = {}
-    for prefix, (start, end) in zip(prefixes, pairwise(starts), strict=bool(prefixes)):
+    if not prefixes:
+        return []
+    for prefix, (start, end) in zip(prefixes, pairwise(starts), strict=True):
         _, count = prefix
         if count:
             rows_of_prompt.setdefault(prefix, []).append(torch.arange(start, end))

@@ -24,7 +24,8 @@ class PackShape:
 
     ``batched`` is a ratio: rows that attention without Transformer Engine works on, by rows of the pack.  Documents of
     like length are padded to one batch (at most 1.5); 0 where the pack is one document or documents of one length.
-    ``batched_patches`` is the same for the windows of the vision tower.
+    ``batched_patches`` is the same for the windows of the vision tower.  On a CPU without context parallelism neither
+    matters: the batches are not stored for the backward pass.
     """
 
     tokens: int
@@ -147,7 +148,7 @@ def _language_layer(
     if parallel.sequence_parallel:
         sp_rows = -(-rows // tp)
     key_rows = rows
-    batched = pack.batched
+    batched = 0 if kernels.device == "cpu" else pack.batched
     if cp > 1:
         batched = max(batched, 1.0)
         # Our attention gathers the keys of all ranks; Transformer Engine's passes them around a ring.
@@ -170,7 +171,7 @@ def _language_layer(
         attention_trains=model.trains_language or has_adapter(model.lora, "attention"),
         mlp_trains=model.trains_language or has_adapter(model.lora, "mlp"),
         adapter_rank=model.lora.rank,
-        shares_keys=kernels.device == "cpu" and cp == 1,
+        shares_keys=kernels.device == "cpu",
         has_head_norms=bool(family_of(shape).decoder_options(shape).get("qk_layernorm")),
         # An adapter computes in the parameters' dtype, and so stores its input in it.
         stores_fp8=model.fp8 != "none" and not model.lora.rank,
@@ -198,7 +199,7 @@ def _tower_layer(
         heads=vision.heads // tp,
         ffn=vision.ffn // tp,
         dtype_bytes=DTYPE_BYTES[model.dtype],
-        batched=pack.batched_patches,
+        batched=0 if kernels.device == "cpu" else pack.batched_patches,
         kernels=kernels,
         attention_trains=model.trains_vision or (model.adapts_vision and has_adapter(model.lora, "attention")),
         mlp_trains=model.trains_vision or (model.adapts_vision and has_adapter(model.lora, "mlp")),

@@ -7,8 +7,9 @@ them; D width, Q query and K key columns, F MLP columns of this rank, N query he
     selective  S 3D + 1 norm scale + attention              (the MLP is recomputed)
     full       S D                                          (the layer is recomputed)
     attention  T (3Q + 3K) + N  with Transformer Engine: query, key, output and the fused product, which the value is a
-               view of;  T 4Q + N  with ours, keys and values repeated, and T Q more where documents are batched;
-               T (3Q + 3K) + N  with ours on a CPU without context parallelism, where query heads share them
+               view of;  T 4Q + N  with ours on a GPU, keys and values repeated, and T Q more where documents are
+               batched;  T (3Q + 3K) + N  with ours on a CPU, where query heads share them and no batch is stored;
+               under context parallelism there  T 2Q + 2K' + N  and T Q more, K' the key columns of all ranks' rows
 
 On a CPU a layer stores T F more, the gate's activation.  An MLP without a gate has F in place of 2F.  Norms by head
 store their scales and, where the layer does not keep it anyway, the fused product of query, key and value.

@@ -20,13 +20,14 @@ def test_a_compiled_model_agrees_with_the_trainer(loaded_python: Path, tmp_path:
     options += ["algorithm.critic_warmup_iterations=0", "curriculum=[{until: 9, max_tokens: 80}]", "optimizer.lr=1e-2"]
     options += [f"run.dir={tmp_path}/run", f"model.path={tmp_path}/model", "rollout.enforce_eager=false"]
     command = [str(loaded_python), "-m", "ovr_megatron.rl", "--config-name", "tiny_rl", *options]
-    # Its cache of compiled code is its own: what an earlier run has compiled would hide an error of the compilation.
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
+    # vLLM's cache of compiled code is the test's: with that of an earlier run nothing would be compiled.
+    environment = {**os.environ, "VLLM_CACHE_ROOT": str(tmp_path / "cache")}
     subprocess.run(command, env=environment, check=True)
     lines = [json.loads(line) for line in (tmp_path / "run/metrics/train.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1]
     assert all(0 < line["rollout/mismatch_max"] <= 1e-4 for line in lines)
-    assert any((tmp_path / "inductor").rglob("*.cpp"))
+    compiled = tmp_path / "cache/torch_compile_cache"
+    assert list(compiled.rglob("*.cpp"))
 
 
 def test_a_missing_compiler_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
