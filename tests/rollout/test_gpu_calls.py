@@ -39,6 +39,7 @@ def sleeping_engine(can_sleep: bool = True) -> RolloutEngine:
     """An engine that sleeps with all of its parts, and where ``can_sleep`` its vLLM, too, as on a GPU."""
     engine = RolloutEngine.__new__(RolloutEngine)
     engine._llm, engine._asleep, engine._empty, engine._can_sleep = FakeLLM(), set(), False, can_sleep  # type: ignore[assignment]
+    engine._compiles = False
     engine.sleep()
     return engine
 
