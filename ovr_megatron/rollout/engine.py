@@ -126,13 +126,9 @@ class RolloutEngine:
             group: Of all ranks that send weights or have an engine; None: these are the ranks of the default group.
 
         Raises:
-            RolloutError: ``rollout.tp`` does not divide the number of processes, or the model is to be compiled on a
-                CPU without a C++ compiler.
+            RolloutError: ``rollout.tp`` does not divide the processes, or a CPU is to compile without a compiler.
         """
-        if dist.get_world_size() % config.tp:
-            raise RolloutError(
-                f"rollout.tp={config.tp} does not divide the {dist.get_world_size()} processes; change one of them"
-            )
+        check_tp(config.tp)
         self._group = dist.new_subgroups(config.tp, backend="gloo")[0] if config.tp > 1 else None
         self.banned = banned_tokens(processor.shape, processor.tokenizer)
         self._end_ids = end_tokens(processor.shape, processor.tokenizer)
@@ -142,8 +138,6 @@ class RolloutEngine:
         self._pending = PendingPrompts()
         self._empty = empty
         self._compiles = config.enforce_eager is False
-        if self._compiles and not torch.cuda.is_available():
-            check_compiler()
         register_model(family_of(processor.shape))
         settings = _settings(config, processor, dtype, max_model_len, offload)
         if empty:
@@ -419,6 +413,13 @@ def clear_positions(worker: Any) -> None:
         state.positions.zero_()
 
 
+def check_tp(tp: int) -> None:
+    """Raise `RolloutError` where ``tp`` neighbouring ranks cannot form groups of all ranks."""
+    ranks = dist.get_world_size()
+    if ranks % tp:
+        raise RolloutError(f"rollout.tp={tp} does not divide the {ranks} processes; change one of them")
+
+
 def check_compiler() -> None:
     """Raise `RolloutError` where there is no C++ compiler, which torch's inductor calls on a CPU."""
     compiler = os.environ.get("CXX", "g++")
@@ -483,6 +484,8 @@ def _settings(
             # It shares the graphs' buffers between ranks by cudaIpcGetMemHandle, which refuses expandable segments.
             "disable_custom_all_reduce": conf_flag_enabled(alloc_conf_from_env(), EXPANDABLE_SEGMENTS),
         }
+    if config.enforce_eager is False:
+        check_compiler()
     settings.setdefault("kv_cache_memory_bytes", _cache_bytes(config, processor.shape, dtype, max_model_len))
     return settings | {
         "enforce_eager": config.enforce_eager is not False,
