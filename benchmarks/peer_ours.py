@@ -19,7 +19,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from benchmarks.peer_task import (
     BETA2,
-    IMPORTANCE_CAP,
     MAX_PIXELS,
     MIN_PIXELS,
     MODEL,
@@ -53,6 +52,9 @@ from ovr_megatron.rl.training import RL
 from ovr_megatron.runtime import distributed
 from ovr_megatron.runtime.runlog import open_log
 from ovr_megatron.weights.folder import WeightFolder
+
+# The defaults of TRL 1.16: `vllm_importance_sampling_mode` and `vllm_importance_sampling_clip_max` of its GRPOConfig.
+TRL_CORRECTION = {"correction": "sequence_mask", "correction_high": 3.0}
 
 
 class OrderedPacks:
@@ -149,7 +151,7 @@ def train_grpo(task: PeerTask, folder: Path) -> BenchRow:
     """Run the iterations of GRPO, or learn from replayed responses."""
     algorithm: dict[str, Any] = {"estimator": "dr_grpo", "reduction": "token"}
     if task.corrected:
-        algorithm |= {"correction": "token_truncate", "correction_high": IMPORTANCE_CAP}
+        algorithm |= TRL_CORRECTION
     values = shared_settings(task, folder)
     values["data"] |= {"max_prompt_tokens": PROMPT_TOKENS}
     values |= {

@@ -28,7 +28,6 @@ from vllm.model_executor.layers import utils as vllm_layers
 
 from benchmarks.peer_task import (
     BETA2,
-    IMPORTANCE_CAP,
     MAX_PIXELS,
     MIN_PIXELS,
     MODEL,
@@ -248,10 +247,8 @@ def train_grpo(task: PeerTask, folder: Path) -> BenchRow:
         vllm_mode="colocate",
         # TRL hands vLLM a placeholder for each visual token: vLLM expands the first one again and keeps the others.
         vllm_max_model_length=PROMPT_TOKENS + VISUAL_TOKENS - 1 + task.tokens,
-        # TRL computes the log-probabilities for it in a pass of their own.
+        # TRL computes the log-probabilities for it in a pass of their own.  Mode and bound are its defaults.
         vllm_importance_sampling_correction=task.corrected,
-        vllm_importance_sampling_mode="token_truncate",
-        vllm_importance_sampling_clip_max=IMPORTANCE_CAP,
         generation_kwargs={} if task.replay else {"allowed_token_ids": allowed},
         scale_rewards="none",
         ddp_backend="gloo" if task.processes > 1 else None,

@@ -25,7 +25,10 @@ TOLERANCE = 1e-4  # of the first step's loss and gradient, as a share of them
 SAMPLE_S = 0.25  # seconds between samples of the memory
 MODULES = {OURS: "benchmarks.peer_ours"}  # any other side is TRL
 TRL_MODULE = "benchmarks.peer_trl"
-HEADER = f"{'':52}{'s/step':>9}{'tokens/s':>10}{'peak GiB':>10}{'ratio':>8}{'CPU':>7}  first step's difference"
+HEADER = (
+    f"{'':52}{'s/step':>9}{'tokens/s':>10}{'peak GiB':>10}{'ratio':>8}{'least':>7}{'most':>7}{'CPU':>7}"
+    "  first step's difference"
+)
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,6 @@ def make_cases(shapes: Sequence[str], only: str = "") -> list[PeerCase]:
         sft = PeerTask(kind="sft", who=OURS, rows=16, tokens=96, steps=8 if is_tiny else 3)
         prompts = 8 if is_tiny else 4
         grpo = PeerTask(kind="grpo", who=OURS, rows=prompts, tokens=128, responses=8, steps=sft.steps // 2 + 1)
-        long_grpo = replace(grpo, tokens=512)
         corrected = replace(grpo, corrected=True)
         two = replace(corrected, processes=2, threads=1)
         text = replace(sft, images=False)
@@ -63,12 +65,12 @@ def make_cases(shapes: Sequence[str], only: str = "") -> list[PeerCase]:
             PeerCase(f"{shape}, SFT, natural lengths", shape, sft, (PADDING, SINGLE_ROWS)),
             PeerCase(f"{shape}, SFT, natural lengths, text", shape, text, (PADDING, PACKING)),
             PeerCase(f"{shape}, GRPO, replayed", shape, replace(grpo, replay=True, steps=0), (PADDING,)),
-            PeerCase(f"{shape}, GRPO, up to 128 tokens", shape, grpo, (PADDING,)),
-            PeerCase(f"{shape}, GRPO, up to 128, corrected", shape, corrected, (PADDING,)),
+            PeerCase(f"{shape}, GRPO, up to 128 tokens", shape, corrected, (PADDING,)),
+            PeerCase(f"{shape}, GRPO, up to 128, uncorrected", shape, grpo, (PADDING,)),
             PeerCase(f"{shape}, GRPO, up to 128, two processes", shape, two, (PADDING,)),
             PeerCase(f"{shape}, GRPO, up to 128, ahead", shape, replace(two, ahead=True), (PADDING,)),
-            PeerCase(f"{shape}, GRPO, up to 512 tokens", shape, long_grpo, (PADDING,)),
-            PeerCase(f"{shape}, GRPO, up to 512, corrected", shape, replace(long_grpo, corrected=True), (PADDING,)),
+            PeerCase(f"{shape}, GRPO, up to 512 tokens", shape, replace(corrected, tokens=512), (PADDING,)),
+            PeerCase(f"{shape}, GRPO, up to 512, uncorrected", shape, replace(grpo, tokens=512), (PADDING,)),
         ]
     return [case for case in cases if only in case.name]
 
@@ -89,26 +91,29 @@ def find_trl(folder: Path) -> str:
 
 
 def run(cases: Sequence[PeerCase], rounds: int, trl: Path) -> Iterator[BenchRow]:
-    """Measure case after case, its sides in turn; the best of the rounds counts.
+    """Measure case after case, its sides in turn; the medians of the rounds count.
 
     A row has the median ``seconds`` of a step, learned ``tokens_per_second``, ``peak_bytes`` of the process tree, and
     beside a peer ``ratio``, ours over its tokens per second, of single processes ``cpu_ratio``, the same per second of
-    the processor, which other load of the machine does not change, and ``difference`` of the first step.
+    the processor, which other load of the machine does not change, and ``difference`` of the first step.  A ratio is
+    the median of the ratios of all rounds, which ``ratios`` has: the sides of a round run within minutes, and the
+    machine's speed changes from round to round.  The other figures are those of a side's median round.
     """
     for case in cases:
         with tempfile.TemporaryDirectory(prefix="bench_peers_") as name:
             folder = Path(name)
             make_tiny_model(folder / "model", sizes=PEER_SHAPES[case.shape])
             write_rows(case.task, folder)
-            best: dict[str, BenchRow] = {}
-            for _ in range(rounds):
-                for who in (OURS, *case.peers):
-                    row = measure(replace(case.task, who=who), folder, trl)
-                    if who not in best or row.get("tokens_per_second", 0) > best[who].get("tokens_per_second", 0):
-                        best[who] = row
-        for who, row in best.items():
-            beside = {} if who == OURS else compare(best[OURS], row, who)
-            yield {"name": f"{case.name}: {who}", **asdict(replace(case.task, who=who)), **row, **beside}
+            rows: dict[str, list[BenchRow]] = {who: [] for who in (OURS, *case.peers)}
+            for round_number in range(rounds):
+                # Every second round runs in reverse order, so that neither side is always the first.
+                order = list(rows) if round_number % 2 == 0 else list(reversed(rows))
+                for who in order:
+                    rows[who].append(measure(replace(case.task, who=who), folder, trl))
+        for who, peer_rows in rows.items():
+            beside = {} if who == OURS else compare(rows[OURS], peer_rows, who)
+            task = asdict(replace(case.task, who=who))
+            yield {"name": f"{case.name}: {who}", **task, **median_row(peer_rows), **beside}
 
 
 def measure(task: PeerTask, folder: Path, trl: Path) -> BenchRow:
@@ -146,18 +151,29 @@ def median_rate(counts: Sequence[int], seconds: Sequence[float]) -> float:
     return statistics.median(count / step for count, step in zip(counts, seconds, strict=True))
 
 
-def compare(ours: BenchRow, peer: BenchRow, who: str) -> BenchRow:
-    """Return the ratio of the two sides, and the difference of their first step; nothing where one failed."""
-    if "failed" in ours or "failed" in peer:
+def median_row(rows: Sequence[BenchRow]) -> BenchRow:
+    """Return the row of a side's median round by tokens a second, of two the lower; a failed row if a round failed."""
+    for row in rows:
+        if "failed" in row:
+            return row
+    ordered = sorted(rows, key=lambda row: row.get("tokens_per_second", 0))
+    return ordered[(len(rows) - 1) // 2]
+
+
+def compare(ours: Sequence[BenchRow], peer: Sequence[BenchRow], who: str) -> BenchRow:
+    """Return the ratios of the two sides' rounds, and the difference of their first step; nothing where one failed."""
+    if any("failed" in row for row in (*ours, *peer)):
         return {}
     result: BenchRow = {}
     for name, rate in (("ratio", "tokens_per_second"), ("cpu_ratio", "tokens_per_cpu_second")):
-        if rate in ours:
-            result[name] = ours[rate] / peer[rate]
-    pairs = list(zip(ours["loss"], peer["loss"], strict=False))
+        if rate in ours[0]:
+            ratios = [row[rate] / peer_row[rate] for row, peer_row in zip(ours, peer, strict=True)]
+            result[name] = statistics.median(ratios)
+            result[f"{name}s"] = ratios
+    pairs = list(zip(ours[0]["loss"], peer[0]["loss"], strict=False))
     # Micro-batches weigh the same in TRL, however many tokens they learn: row by row another gradient comes of it.
     if who == PADDING:
-        pairs += zip(ours["norm"], peer["norm"], strict=False)
+        pairs += zip(ours[0]["norm"], peer[0]["norm"], strict=False)
     if pairs:
         result["difference"] = max(abs(a - b) / max(abs(a), 1e-2) for a, b in pairs)
         result["void"] = result["difference"] > TOLERANCE
@@ -172,7 +188,8 @@ def format_row(row: BenchRow) -> str:
     line = f"{row['name']:52}"
     line += f"{row['seconds']:9.3f}{row['tokens_per_second']:10,.0f}" if timed else " " * 19
     line += f"{row['peak_bytes'] / 2**30:10.2f}"
-    line += f"{row['ratio']:8.2f}" if "ratio" in row else " " * 8
+    ratios = (row["ratio"], min(row["ratios"]), max(row["ratios"])) if "ratio" in row else None
+    line += "{:8.2f}{:7.2f}{:7.2f}".format(*ratios) if ratios else " " * 22
     line += f"{row['cpu_ratio']:7.2f}" if "cpu_ratio" in row else " " * 7
     if "difference" in row:
         line += f"  {row['difference']:.1e}"

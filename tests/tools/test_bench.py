@@ -40,11 +40,31 @@ def test_our_side_learns_the_rows_of_each_step(tmp_path: Path) -> None:
 def test_a_peer_of_another_first_loss_makes_a_comparison_void() -> None:
     ours = {"loss": [6.0], "norm": [2.0], "tokens_per_second": 20.0, "tokens_per_cpu_second": 30.0}
     peer = ours | {"tokens_per_second": 10.0}
-    same = peers.compare(ours, peer, PADDING)
+    same = peers.compare([ours], [peer], PADDING)
     assert (same["ratio"], same["cpu_ratio"], same["void"]) == (2.0, 1.0, False)
-    assert peers.compare(ours, peer | {"loss": [6.001]}, PADDING)["void"]
-    assert peers.compare(ours, peer | {"norm": [2.001]}, PADDING)["void"]
-    assert peers.compare(ours, {"failed": "reason"}, PADDING) == {}
+    assert peers.compare([ours], [peer | {"loss": [6.001]}], PADDING)["void"]
+    assert peers.compare([ours], [peer | {"norm": [2.001]}], PADDING)["void"]
+
+
+def test_the_ratio_is_the_median_of_the_rounds() -> None:
+    speeds = {"ours": [20.0, 10.0, 30.0], "peer": [10.0, 10.0, 10.0]}  # tokens a second of three rounds
+    sides = {}
+    for side, rates in speeds.items():
+        sides[side] = [{"loss": [], "norm": [], "tokens_per_second": rate, "peak_bytes": 1 << 30} for rate in rates]
+    beside = peers.compare(sides["ours"], sides["peer"], PADDING)
+    assert beside == {"ratio": 2.0, "ratios": [2.0, 1.0, 3.0]}
+    median = peers.median_row(sides["ours"])
+    assert median["tokens_per_second"] == 20.0
+    assert peers.median_row(sides["ours"][:2])["tokens_per_second"] == 10.0
+    line = peers.format_row({"name": "case: TRL", "seconds": 1.0} | median | beside)
+    assert line.split()[-3:] == ["2.00", "1.00", "3.00"]
+
+
+def test_a_round_that_fails_makes_no_ratio() -> None:
+    row = {"loss": [], "norm": [], "tokens_per_second": 20.0}
+    failed = [row, {"failed": "reason"}]
+    assert peers.compare([row, row], failed, PADDING) == {}
+    assert peers.median_row(failed) == {"failed": "reason"}
 
 
 def test_cases_have_the_same_rows_for_both_sides() -> None:
