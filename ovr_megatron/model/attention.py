@@ -5,7 +5,6 @@ Shapes: T rows of the pack on this rank, N query heads and G key-value heads of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from ovr_megatron.model import kernels
-from ovr_megatron.model.segments import DocumentGroup, Grouping, Segments
+from ovr_megatron.model.segments import DocumentGroup, Grouping, Rows, Run, Segments
 
 
 def rotary_table(angles: Tensor, dtype: torch.dtype = torch.float32, scaling: float = 1.0) -> Tensor:
@@ -166,10 +165,8 @@ class PackedDotProductAttention(MegatronModule):
         for group in grouping.groups:
             part = self._attend(query_TNH, key_TGH, value_TGH, group)
             parts.append(part)
-        if grouping.inverse is None:
-            return parts[0]
         outputs = torch.cat(parts)
-        return outputs[grouping.inverse]
+        return outputs if grouping.inverse is None else outputs[grouping.inverse]
 
     def _attend(
         self,
@@ -179,25 +176,43 @@ class PackedDotProductAttention(MegatronModule):
         group: DocumentGroup,
     ) -> Tensor:
         out = attend(
-            _batch(query, group.queries, group.is_pack),
-            _batch(key, group.keys, group.is_pack),
-            _batch(value, group.keys, group.is_pack),
+            _batch(query, group.queries),
+            _batch(key, group.keys),
+            _batch(value, group.keys),
             self.causal,
             self.scale,
         )
         return _rows(out).flatten(1)
 
 
-def _batch(x: Tensor, index: Tensor, is_pack: bool = False) -> Tensor:
-    """Return the rows ``index`` [B, L] of ``x`` [T, N, ...] as [B, N, L, ...]; ``is_pack``: they are all, in order."""
-    rows = x if is_pack else x[index.flatten()]
-    batched = rows.view(*index.shape, *x.shape[1:])
+def _batch(x: Tensor, rows: Rows) -> Tensor:
+    """Return ``rows`` of ``x`` [T, N, ...] as [B, N, L, ...], of a run as a view."""
+    if isinstance(rows, Run):
+        batched = x[rows.first : rows.end].view(rows.documents, rows.length, *x.shape[1:])
+    else:
+        batched = x[rows.flatten()].view(*rows.shape, *x.shape[1:])
     return batched.transpose(1, 2)
 
 
 def _rows(x: Tensor) -> Tensor:
     """Return ``x`` [B, N, L, ...] as rows [B * L, N, ...], the inverse of `_batch`."""
     return x.transpose(1, 2).flatten(0, 1)
+
+
+def _put(out: Tensor, rows: Rows, x: Tensor) -> None:
+    """Write ``x`` [B, N, L, ...] to ``rows`` of ``out`` [T, N, ...]."""
+    if isinstance(rows, Run):
+        _batch(out, rows).copy_(x)
+    else:
+        out.index_copy_(0, rows.flatten(), _rows(x))
+
+
+def _add(out: Tensor, rows: Rows, x: Tensor) -> None:
+    """Add ``x`` [B, N, L, ...] to ``rows`` of ``out`` [T, N, ...], in which no row is twice."""
+    if isinstance(rows, Run):
+        _batch(out, rows).add_(x)
+    else:
+        out[rows.flatten()] += _rows(x)
 
 
 class _PackAttention(torch.autograd.Function):
@@ -207,7 +222,7 @@ class _PackAttention(torch.autograd.Function):
     for each.  Own and shared part are merged as in `_PrefixAttention`.
 
     Without context parallelism every row of the pack is a query of one group, and a key of the same one.  So the
-    backward pass gathers the gradients by `Grouping.inverse`; autograd would add them row by row.
+    backward pass writes each gradient once; autograd would add them row by row.
     """
 
     @staticmethod
@@ -220,32 +235,36 @@ class _PackAttention(torch.autograd.Function):
         causal: bool,
         scale: float | None,
     ) -> Tensor:
-        outputs = []
-        norms = []
+        row_count, heads, _ = query.shape
+        # One more row than the pack has: outputs of padding are written there.
+        out = query.new_empty((row_count + 1, *query.shape[1:]), dtype=torch.float32)
+        norm = query.new_empty((row_count + 1, heads), dtype=torch.float32)
         for group in grouping.groups:
             group_out, group_norm = _flash(
-                _batch(query, group.queries, group.is_pack),
-                _batch(key, group.keys, group.is_pack),
-                _batch(value, group.keys, group.is_pack),
+                _batch(query, group.queries),
+                _batch(key, group.keys),
+                _batch(value, group.keys),
                 causal,
                 scale,
             )
-            outputs.append(_rows(group_out))
-            norms.append(_rows(group_norm))
-        out = _in_order(outputs, grouping)
-        norm = _in_order(norms, grouping)
+            rows = group.queries if group.outputs is None else group.outputs
+            _put(out, rows, group_out)
+            _put(norm, rows, group_norm)
         for prompt in grouping.prompts:
-            queries = prompt.queries[None]
-            keys = prompt.keys[None]
             shared_out, shared_norm = _flash(
-                _batch(query, queries), _batch(key, keys), _batch(value, keys), False, scale
+                _batch(query, prompt.queries),
+                _batch(key, prompt.keys),
+                _batch(value, prompt.keys),
+                False,
+                scale,
             )
-            own_norm = norm[prompt.queries]
-            own_out = out[prompt.queries]
-            merged_out, merged_norm = _merge(own_out, own_norm, _rows(shared_out), _rows(shared_norm))
-            out[prompt.queries] = merged_out
-            norm[prompt.queries] = merged_norm
-        out = out.to(query.dtype)
+            own_out = _batch(out, prompt.queries)
+            own_norm = _batch(norm, prompt.queries)
+            merged_out, merged_norm = _merge(own_out, own_norm, shared_out, shared_norm)
+            _put(out, prompt.queries, merged_out)
+            _put(norm, prompt.queries, merged_norm)
+        out = out[:row_count].to(query.dtype)
+        norm = norm[:row_count]
         ctx.save_for_backward(query, key, value, out, norm)
         ctx.grouping = grouping
         ctx.causal = causal
@@ -256,55 +275,44 @@ class _PackAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         query, key, value, out, norm = ctx.saved_tensors
         grouping = ctx.grouping
-        query_parts = []
-        key_parts = []
-        value_parts = []
+        row_count = query.size(0)
+        # As in the forward pass: one row for padding.
+        d_query = query.new_empty((row_count + 1, *query.shape[1:]))
+        d_key = key.new_empty((row_count + 1, *key.shape[1:]))
+        d_value = value.new_empty((row_count + 1, *value.shape[1:]))
         for group in grouping.groups:
-            group_norm = _batch(norm, group.queries, group.is_pack)
+            group_norm = _batch(norm, group.queries)
             if group.padding is not None:
                 # Padding has the gradient of row 0: without a share in the softmax it passes none of it on.
                 group_norm = group_norm.masked_fill(group.padding[:, None], float("inf"))
-            d_query, d_key, d_value = _flash_backward(
-                _batch(key, group.keys, group.is_pack),
-                _batch(value, group.keys, group.is_pack),
+            own_grads = _flash_backward(
+                _batch(key, group.keys),
+                _batch(value, group.keys),
                 ctx.causal,
-                _batch(query, group.queries, group.is_pack),
-                _batch(out, group.queries, group.is_pack),
+                _batch(query, group.queries),
+                _batch(out, group.queries),
                 group_norm.contiguous(),
-                _batch(grad, group.queries, group.is_pack),
+                _batch(grad, group.queries),
                 ctx.scale,
             )
-            query_parts.append(_rows(d_query))
-            key_parts.append(_rows(d_key))
-            value_parts.append(_rows(d_value))
-        d_query = _in_order(query_parts, grouping)
-        d_key = _in_order(key_parts, grouping)
-        d_value = _in_order(value_parts, grouping)
+            rows = group.queries if group.outputs is None else group.outputs
+            for total, own_grad in zip((d_query, d_key, d_value), own_grads, strict=True):
+                _put(total, rows, own_grad)
         for prompt in grouping.prompts:
-            queries = prompt.queries[None]
-            keys = prompt.keys[None]
             shared_d_query, shared_d_key, shared_d_value = _flash_backward(
-                _batch(key, keys),
-                _batch(value, keys),
+                _batch(key, prompt.keys),
+                _batch(value, prompt.keys),
                 False,
-                _batch(query, queries),
-                _batch(out, queries),
-                _batch(norm, queries).contiguous(),
-                _batch(grad, queries),
+                _batch(query, prompt.queries),
+                _batch(out, prompt.queries),
+                _batch(norm, prompt.queries).contiguous(),
+                _batch(grad, prompt.queries),
                 ctx.scale,
             )
-            # No row is twice among the queries of a prompt, nor among its keys: `+=` adds all of them.
-            d_query[prompt.queries] += _rows(shared_d_query)
-            d_key[prompt.keys] += _rows(shared_d_key)
-            d_value[prompt.keys] += _rows(shared_d_value)
-        return d_query, d_key, d_value, None, None, None
-
-
-def _in_order(parts: Sequence[Tensor], grouping: Grouping) -> Tensor:
-    """Return the rows of the groups' ``parts`` in the order of the pack, without padding."""
-    if grouping.inverse is None:
-        return parts[0]
-    return torch.cat(list(parts))[grouping.inverse]
+            _add(d_query, prompt.queries, shared_d_query)
+            _add(d_key, prompt.keys, shared_d_key)
+            _add(d_value, prompt.keys, shared_d_value)
+        return d_query[:row_count], d_key[:row_count], d_value[:row_count], None, None, None
 
 
 def _merge(out: Tensor, norm: Tensor, other_out: Tensor, other_norm: Tensor) -> tuple[Tensor, Tensor]:
@@ -313,7 +321,8 @@ def _merge(out: Tensor, norm: Tensor, other_out: Tensor, other_norm: Tensor) -> 
     merged_norm = torch.logaddexp(norm, other_norm)
     share = (norm - merged_norm).exp()
     other_share = (other_norm - merged_norm).exp()
-    merged_out = out * share[..., None] + other_out * other_share[..., None]
+    merged_out = out * share[..., None]
+    merged_out.addcmul_(other_out, other_share[..., None])
     return merged_out, merged_norm
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import groupby, pairwise
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -21,6 +22,38 @@ from ovr_megatron.runtime.device import send
 _MIN_FILL = 0.67
 # Documents of a group together hold at most this many tokens: beyond, batching saves nothing.
 _GROUP_TOKENS = 16384
+# From so many rows on, consecutive documents of one length are no part of a padded batch: a view of the pack is their
+# batch.  On a CPU padding and copies of 64 rows cost more than another call; on a GPU a call of its own costs more.
+_RUN_ROWS = {"cpu": 64, "cuda": 1024}
+
+
+@dataclass(frozen=True)
+class Run:
+    """Consecutive documents of one length, of which a view of the pack is the batch.
+
+    Attributes:
+        first: row of the pack at which they begin.
+        documents: how many they are.
+        length: rows of each.
+    """
+
+    first: int
+    documents: int
+    length: int
+
+    @property
+    def end(self) -> int:
+        """Row of the pack behind them."""
+        return self.first + self.documents * self.length
+
+    @property
+    def index(self) -> Tensor:
+        """Their rows, [documents, length]."""
+        return torch.arange(self.first, self.end).view(self.documents, self.length)
+
+
+# Rows of a pack as a batch of documents: a run, or the index [B, L] of each row.
+Rows: TypeAlias = Run | Tensor
 
 
 @dataclass
@@ -31,22 +64,40 @@ class DocumentGroup:
     documents are padded with row 0.
 
     Attributes:
-        is_pack: the group is all rows of the pack in order, so gathering is a reshape.
         padding: bool [B, L], which queries are padding; None: none.
+        outputs: where there is padding the rows of the outputs: of padding the row behind the pack, else the queries.
     """
 
-    queries: Tensor
-    keys: Tensor
-    is_pack: bool = False
+    queries: Rows
+    keys: Rows
     padding: Tensor | None = None
+    outputs: Rows | None = None
+
+    @property
+    def index(self) -> Tensor:
+        """Rows of the queries [B, L]."""
+        return self.queries.index if isinstance(self.queries, Run) else self.queries
+
+    def to(self, device: torch.device, row_count: int) -> DocumentGroup:
+        """Return the group of a pack of ``row_count`` rows on ``device``."""
+        queries = _send_rows(self.queries, device)
+        if self.padding is None:
+            return DocumentGroup(queries, _send_rows(self.keys, device))
+        padding = send(self.padding, device)
+        outputs = send(self.index.masked_fill(self.padding, row_count), device)
+        return DocumentGroup(queries, _send_rows(self.keys, device), padding, outputs)
 
 
 @dataclass(frozen=True)
 class SharedPrompt:
-    """Rows of a prompt, ``keys`` [K], and of all documents that see it before their own rows, ``queries`` [Q]."""
+    """Rows of a prompt, ``keys`` [1, K], and of all documents that see it before their own, ``queries`` [1, Q]."""
 
-    queries: Tensor
-    keys: Tensor
+    queries: Rows
+    keys: Rows
+
+
+def _send_rows(rows: Rows, device: torch.device) -> Rows:
+    return rows if isinstance(rows, Run) else send(rows, device)
 
 
 @dataclass(frozen=True)
@@ -54,7 +105,8 @@ class Grouping:
     """The batches of attention without Transformer Engine over a pack.
 
     Attributes:
-        groups: documents batched by length; under context parallelism the keys of each begin with its shared prompt.
+        groups: runs, and documents batched by length; under context parallelism the keys of each begin with its
+            shared prompt.
         inverse: [T], for each row of this rank its row in the concatenated outputs of the groups; None: the same.
         prompts: shared prompts; empty under context parallelism.  Where there are any, the groups' keys are each
             document's own rows alone.
@@ -185,46 +237,55 @@ class Segments(PackedSeqParams):
         if self.share[0] > 1:
             prefixes = self.prefixes or [(0, 0)] * len(widths)
             groups = _chunk_groups(starts, widths, prefixes, *self.share)
-        elif len(set(widths)) == 1 and not self.prefixes:
-            # Documents of one length: a view of the pack is the batch, and nothing is gathered or scattered.
-            rows = torch.arange(starts[-1])
-            index = send(rows.view(len(widths), widths[0]), device)
-            pack_group = DocumentGroup(index, index, is_pack=True)
-            return Grouping([pack_group], None)
         else:
-            groups = []
-            for members in _group_by_length(widths, [0] * len(widths), self.exact):
-                group = _document_group(starts, widths, members)
+            runs, others = _split_runs(starts, _RUN_ROWS[device.type])
+            groups = [DocumentGroup(run, run) for run in runs]
+            other_widths = [widths[i] for i in others]
+            for members in _group_by_length(other_widths, [0] * len(others), self.exact):
+                group = _document_group(starts, widths, [others[i] for i in members])
                 groups.append(group)
             for prompt in _shared_prompts(starts, self.prefixes):
-                prompts.append(SharedPrompt(send(prompt.queries, device), send(prompt.keys, device)))
-        # Before the groups are sent: it sets their padding to row 0.
-        inverse = send(_inverse(groups), device)
-        device_groups = []
-        for group in groups:
-            queries = send(group.queries, device)
-            keys = send(group.keys, device)
-            padding = None if group.padding is None else send(group.padding, device)
-            device_groups.append(DocumentGroup(queries, keys, padding=padding))
-        return Grouping(device_groups, inverse, prompts)
+                prompts.append(SharedPrompt(_send_rows(prompt.queries, device), prompt.keys))
+        inverse = _inverse(groups)
+        device_inverse = None if inverse is None else send(inverse, device)
+        device_groups = [group.to(device, starts[-1]) for group in groups]
+        return Grouping(device_groups, device_inverse, prompts)
 
 
 def _row_counts(starts: Sequence[int]) -> list[int]:
     return [end - start for start, end in pairwise(starts)]
 
 
+def _split_runs(starts: Sequence[int], least_rows: int) -> tuple[list[Run], list[int]]:
+    """Return the runs of at least ``least_rows`` rows, and the documents in no such run.
+
+    A run that is the whole pack is one in any case.
+    """
+    widths = _row_counts(starts)
+    runs = []
+    others: list[int] = []
+    document = 0
+    for length, members in groupby(widths):
+        documents = len(list(members))
+        run = Run(starts[document], documents, length)
+        if documents * length >= least_rows or documents == len(widths):
+            runs.append(run)
+        else:
+            others.extend(range(document, document + documents))
+        document += documents
+    return runs, others
+
+
 def _document_group(starts: Sequence[int], widths: Sequence[int], members: Sequence[int]) -> DocumentGroup:
-    """Batch full documents; the first of ``members`` is the longest.  A negative row is padding."""
+    """Batch full documents; the first of ``members`` is the longest."""
     longest = widths[members[0]]
     columns = torch.arange(longest)[None]
     first_rows = torch.tensor([starts[i] for i in members])[:, None]
     lengths = torch.tensor([widths[i] for i in members])[:, None]
     rows = first_rows + columns
     padding = columns >= lengths
-    queries = rows.masked_fill(padding, -1)
-    # A tensor of its own: `_inverse` reads the padding off the queries and then sets it.
-    keys = queries.clamp(min=0)
-    return DocumentGroup(queries, keys, padding=padding if padding.any() else None)
+    index = rows.masked_fill(padding, 0)
+    return DocumentGroup(index, index, padding if padding.any() else None)
 
 
 def _shared_prompts(starts: Sequence[int], prefixes: Sequence[tuple[int, int]]) -> list[SharedPrompt]:
@@ -243,8 +304,10 @@ def _shared_prompts(starts: Sequence[int], prefixes: Sequence[tuple[int, int]]) 
             rows_of_prompt.setdefault(prefix, []).append(torch.arange(start, end))
     prompts = []
     for (first, count), rows in rows_of_prompt.items():
-        keys = torch.arange(first, first + count)
-        prompts.append(SharedPrompt(torch.cat(rows), keys))
+        index = torch.cat(rows)[None]
+        run = Run(int(index[0, 0]), 1, index.numel())
+        queries = run if torch.equal(run.index, index) else index
+        prompts.append(SharedPrompt(queries, Run(first, 1, count)))
     return prompts
 
 
@@ -283,17 +346,19 @@ def _chunk_groups(
     return groups
 
 
-def _inverse(groups: Sequence[DocumentGroup]) -> Tensor:
-    """Return for each query row the index of its output; padding of ``queries`` (negative rows) is set to row 0."""
-    rows = torch.cat([group.queries.flatten() for group in groups])
-    row_count = int(rows.max()) + 1
-    inverse = torch.empty(row_count, dtype=torch.int64)
-    is_row = rows >= 0
-    outputs = is_row.nonzero()[:, 0]
-    inverse[rows[outputs]] = outputs
+def _inverse(groups: Sequence[DocumentGroup]) -> Tensor | None:
+    """Return for each query row the index of its output; None where that is the row itself."""
+    indices = []
+    paddings = []
     for group in groups:
-        group.queries.clamp_(min=0)
-    return inverse
+        index = group.index.flatten()
+        indices.append(index)
+        paddings.append(torch.zeros_like(index, dtype=torch.bool) if group.padding is None else group.padding.flatten())
+    rows = torch.cat(indices)
+    outputs = (~torch.cat(paddings)).nonzero()[:, 0]
+    inverse = torch.empty(len(outputs), dtype=torch.int64)
+    inverse[rows[outputs]] = outputs
+    return None if torch.equal(inverse, torch.arange(len(rows))) else inverse
 
 
 def _group_by_length(lengths: Sequence[int], prefix_counts: Sequence[int], exact: bool) -> list[list[int]]:

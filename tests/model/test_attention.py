@@ -35,6 +35,10 @@ def test_causal_attention_of_the_last_rows(queries: int, heads: int) -> None:
         ([4, 7, 4, 7, 4], None, False),
         ([4, 6, 5, 9, 7, 3], [-1, -1, 0, 1, 0, -1], True),
         ([4, 6, 9, 8, 9, 8], [-1, -1, 1, 0, 0, 1], True),  # prompts and documents alternate, and are a batch
+        ([70, 5, 40, 40, 9, 6, 65], None, True),  # runs of 70, 2 x 40 and 65 rows, and a batch with padding
+        ([4, 4, 32, 32, 16], None, False),  # a run and documents of other lengths
+        ([30, 70, 66, 9, 66], [-1, 0, 0, 0, -1], True),  # the documents of the prompt are one block of rows
+        ([30, 20, 66, 66, 70, 40], [-1, -1, 0, 0, 1, 0], True),  # those of the first prompt are not
     ],
 )
 def test_documents_of_a_pack_see_themselves_and_their_prompt(
@@ -74,4 +78,6 @@ def test_documents_of_a_pack_see_themselves_and_their_prompt(
 
 def test_no_group_of_a_long_document_is_square_in_memory() -> None:
     segments = Segments.build(torch.tensor([0, 65536], dtype=torch.int32), exact=False, device=torch.device("cpu"))
-    assert sum(group.queries.numel() + group.keys.numel() for group in segments.grouping.groups) <= 2 * 65536
+    (group,) = segments.grouping.groups
+    assert group.index.numel() == 65536
+    assert group.keys is group.queries
