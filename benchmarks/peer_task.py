@@ -32,6 +32,7 @@ OURS = "ours"
 PADDING = "TRL"
 SINGLE_ROWS = "TRL, row by row"
 PACKING = "TRL, packing"
+TRANSFORMERS = "TRL, Transformers generates"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,7 @@ class PeerTask:
 
     Attributes:
         kind: ``sft`` or ``grpo``.
-        who: `OURS`, `PADDING`, `SINGLE_ROWS` or `PACKING`.
+        who: `OURS`, `PADDING`, `SINGLE_ROWS`, `PACKING` or `TRANSFORMERS`.
         equal: Whether all replies have ``max_tokens``; else their lengths are log-normal.
         images: Whether each prompt has an image.
         corrected: Whether GRPO corrects for the engine's probabilities as TRL does by default.

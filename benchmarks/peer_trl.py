@@ -36,6 +36,7 @@ from benchmarks.peer_task import (
     PROMPT_TOKENS,
     ROWS,
     SINGLE_ROWS,
+    TRANSFORMERS,
     VISUAL_TOKENS,
     PeerTask,
     StepClock,
@@ -228,7 +229,10 @@ def _run_sft(task: PeerTask, folder: Path, rows: Dataset, micro_rows: int, accum
 
 
 def train_grpo(task: PeerTask, folder: Path) -> BenchRow:
-    """Run the iterations of GRPOTrainer with vLLM in its process, or one that learns from replayed responses."""
+    """Run the iterations of GRPOTrainer, or one that learns from replayed responses.
+
+    vLLM generates in its process, or Transformers does, without correction then: probabilities are those of the model.
+    """
     processor = load_processor(folder)
     tokenizer = processor.tokenizer
     replayed = []
@@ -236,28 +240,33 @@ def train_grpo(task: PeerTask, folder: Path) -> BenchRow:
         end = tokenizer.convert_tokens_to_ids("<|im_end|>")
         replayed = [[*tokenizer(text)["input_ids"], end] for text in replayed_texts(task)]
     shape = ModelShape.from_hf(folder / MODEL)
-    allowed = sorted(set(range(shape.vocab)) - set(banned_tokens(shape, tokenizer)))
+    banned = set(banned_tokens(shape, tokenizer))
+    uses_vllm = not task.replay and task.who != TRANSFORMERS
+    generation: dict[str, Any] = {"suppress_tokens": sorted(banned)}
+    if uses_vllm:
+        generation = {"allowed_token_ids": sorted(set(range(shape.vocab)) - banned)}
     responses = task.rows * task.responses
     micro_rows = min(MICRO_RESPONSES, responses)
     accumulated = responses // micro_rows // task.processes
     settings = GRPOConfig(
         num_generations=task.responses,
         max_completion_length=task.tokens,
-        use_vllm=not task.replay,
+        use_vllm=uses_vllm,
         vllm_mode="colocate",
         # TRL hands vLLM a placeholder for each visual token: vLLM expands the first one again and keeps the others.
         vllm_max_model_length=PROMPT_TOKENS + VISUAL_TOKENS - 1 + task.tokens,
         # TRL computes the log-probabilities for it in a pass of their own.  Mode and bound are its defaults.
         vllm_importance_sampling_correction=task.corrected,
-        generation_kwargs={} if task.replay else {"allowed_token_ids": allowed},
+        generation_kwargs=generation,
         scale_rewards="none",
         ddp_backend="gloo" if task.processes > 1 else None,
         **shared_settings(task, folder, micro_rows, accumulated),
     )
-    prepare_vllm()
+    if uses_vllm:
+        prepare_vllm()
     recorder = StepRecorder()
     affinity = os.sched_getaffinity(0)
-    set_threads = torch.set_num_threads  # vLLM replaces it
+    set_threads = torch.set_num_threads  # vLLM replaces it, and binds the process to one core
     trainer = RecordedGRPOTrainer(
         recorder,
         replayed,

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from benchmarks.peer_task import OURS, PACKING, PADDING, SINGLE_ROWS, PeerTask, write_rows
+from benchmarks.peer_task import OURS, PACKING, PADDING, SINGLE_ROWS, TRANSFORMERS, PeerTask, write_rows
 from benchmarks.shapes import PEER_SHAPES
 from benchmarks.subprocess_bench import BenchRow, MeasurementError, run_in_subprocess
 from ovr_megatron.errors import UserError
@@ -58,6 +58,7 @@ def make_cases(shapes: Sequence[str], only: str = "") -> list[PeerCase]:
         prompts = 8 if is_tiny else 4
         grpo = PeerTask(kind="grpo", who=OURS, rows=prompts, tokens=128, responses=8, steps=sft.steps // 2 + 1)
         corrected = replace(grpo, corrected=True)
+        long = replace(corrected, tokens=512)
         two = replace(corrected, processes=2, threads=1)
         text = replace(sft, images=False)
         cases += [
@@ -65,11 +66,11 @@ def make_cases(shapes: Sequence[str], only: str = "") -> list[PeerCase]:
             PeerCase(f"{shape}, SFT, natural lengths", shape, sft, (PADDING, SINGLE_ROWS)),
             PeerCase(f"{shape}, SFT, natural lengths, text", shape, text, (PADDING, PACKING)),
             PeerCase(f"{shape}, GRPO, replayed", shape, replace(grpo, replay=True, steps=0), (PADDING,)),
-            PeerCase(f"{shape}, GRPO, up to 128 tokens", shape, corrected, (PADDING,)),
+            PeerCase(f"{shape}, GRPO, up to 128 tokens", shape, corrected, (PADDING, TRANSFORMERS)),
             PeerCase(f"{shape}, GRPO, up to 128, uncorrected", shape, grpo, (PADDING,)),
             PeerCase(f"{shape}, GRPO, up to 128, two processes", shape, two, (PADDING,)),
             PeerCase(f"{shape}, GRPO, up to 128, ahead", shape, replace(two, ahead=True), (PADDING,)),
-            PeerCase(f"{shape}, GRPO, up to 512 tokens", shape, replace(corrected, tokens=512), (PADDING,)),
+            PeerCase(f"{shape}, GRPO, up to 512 tokens", shape, long, (PADDING, TRANSFORMERS)),
             PeerCase(f"{shape}, GRPO, up to 512, uncorrected", shape, replace(grpo, tokens=512), (PADDING,)),
         ]
     return [case for case in cases if only in case.name]
