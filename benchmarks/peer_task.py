@@ -22,7 +22,7 @@ QUESTION = "Which digits follow?"
 # That of GRPO is TRL's default: with it the lengths of responses hardly change during the benchmark.
 LEARNING_RATES = {"sft": 1e-4, "grpo": 1e-6}
 BETA2 = 0.95
-PACK_TOKENS = 2048  # of our packs, and of TRL's where it packs
+PACK_TOKENS = 2048  # of our packs of SFT, and of TRL's where it packs
 PROMPT_TOKENS = 47  # of a row with an image: the limit of both sides holds for the response alone then
 MODEL = "model"
 ROWS = "rows.jsonl"
@@ -44,7 +44,6 @@ class PeerTask:
         who: `OURS`, `PADDING`, `SINGLE_ROWS`, `PACKING` or `TRANSFORMERS`.
         equal: Whether all replies have ``max_tokens``; else their lengths are log-normal.
         images: Whether each prompt has an image.
-        corrected: Whether GRPO corrects for the engine's probabilities as TRL does by default.
         replay: Whether GRPO learns from `replayed_texts` in place of responses that it generates.
         rows: Rows, or prompts, of a step.
         tokens: Mean length of a reply; of GRPO the most tokens of a response.
@@ -60,7 +59,6 @@ class PeerTask:
     equal: bool = False
     images: bool = True
     replay: bool = False
-    corrected: bool = False
     rows: int
     tokens: int
     responses: int = 1

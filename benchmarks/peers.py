@@ -57,21 +57,18 @@ def make_cases(shapes: Sequence[str], only: str = "") -> list[PeerCase]:
         sft = PeerTask(kind="sft", who=OURS, rows=16, tokens=96, steps=8 if is_tiny else 3)
         prompts = 8 if is_tiny else 4
         grpo = PeerTask(kind="grpo", who=OURS, rows=prompts, tokens=128, responses=8, steps=sft.steps // 2 + 1)
-        corrected = replace(grpo, corrected=True)
-        long = replace(corrected, tokens=512)
-        two = replace(corrected, processes=2, threads=1)
+        long = replace(grpo, tokens=512)
+        two = replace(grpo, processes=2, threads=1)
         text = replace(sft, images=False)
         cases += [
             PeerCase(f"{shape}, SFT, equal lengths", shape, replace(sft, equal=True), (PADDING,)),
             PeerCase(f"{shape}, SFT, natural lengths", shape, sft, (PADDING, SINGLE_ROWS)),
             PeerCase(f"{shape}, SFT, natural lengths, text", shape, text, (PADDING, PACKING)),
             PeerCase(f"{shape}, GRPO, replayed", shape, replace(grpo, replay=True, steps=0), (PADDING,)),
-            PeerCase(f"{shape}, GRPO, up to 128 tokens", shape, corrected, (PADDING, TRANSFORMERS)),
-            PeerCase(f"{shape}, GRPO, up to 128, uncorrected", shape, grpo, (PADDING,)),
-            PeerCase(f"{shape}, GRPO, up to 128, two processes", shape, two, (PADDING,)),
-            PeerCase(f"{shape}, GRPO, up to 128, ahead", shape, replace(two, ahead=True), (PADDING,)),
+            PeerCase(f"{shape}, GRPO, up to 128 tokens", shape, grpo, (PADDING, TRANSFORMERS)),
+            PeerCase(f"{shape}, GRPO, up to 128, two processes", shape, two, (PADDING, TRANSFORMERS)),
+            PeerCase(f"{shape}, GRPO, up to 128, ahead", shape, replace(two, ahead=True), (PADDING, TRANSFORMERS)),
             PeerCase(f"{shape}, GRPO, up to 512 tokens", shape, long, (PADDING, TRANSFORMERS)),
-            PeerCase(f"{shape}, GRPO, up to 512, uncorrected", shape, replace(grpo, tokens=512), (PADDING,)),
         ]
     return [case for case in cases if only in case.name]
 
