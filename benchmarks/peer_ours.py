@@ -185,7 +185,7 @@ def replay(task: PeerTask, models: Models, rows: list[Row]) -> BenchRow:
     """Learn from `replayed_texts`; no id is banned, since TRL normalises over all of them."""
     models.policy.sample_from([], temperature=1.0)
     prompts = Prompts(rows[: task.rows], models.processor)
-    rollout = Rollout(prompts, limit=PACK_TOKENS)
+    rollout = Rollout(prompts, limit=GRPO_PACK_TOKENS)
     tokenizer = models.processor.tokenizer
     for index, text in enumerate(replayed_texts(task)):
         prompt, sample = divmod(index, task.responses)
@@ -193,7 +193,7 @@ def replay(task: PeerTask, models: Models, rows: list[Row]) -> BenchRow:
         logprobs = np.zeros(len(tokens), np.float32)
         reward = score(text, "", ())
         rollout.responses.append(Response(prompt, sample, tokens, logprobs, True, text, reward))
-    rollout.train_prompts = {prompt: PACK_TOKENS for prompt in range(task.rows)}
+    rollout.train_prompts = {prompt: GRPO_PACK_TOKENS for prompt in range(task.rows)}
     metrics = learn(models, rollout, 0, Clock()).metrics
     token_count = sum(len(response.tokens) for response in rollout.responses)
     return {

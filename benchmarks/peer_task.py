@@ -22,7 +22,7 @@ QUESTION = "Which digits follow?"
 # That of GRPO is TRL's default: with it the lengths of responses hardly change during the benchmark.
 LEARNING_RATES = {"sft": 1e-4, "grpo": 1e-6}
 BETA2 = 0.95
-PACK_TOKENS = 2048  # of our packs of SFT, and of TRL's where it packs
+PACK_TOKENS = 2048  # of SFT: of our packs, and of TRL's where it packs
 PROMPT_TOKENS = 47  # of a row with an image: the limit of both sides holds for the response alone then
 MODEL = "model"
 ROWS = "rows.jsonl"

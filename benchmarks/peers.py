@@ -26,7 +26,7 @@ SAMPLE_S = 0.25  # seconds between samples of the memory
 MODULES = {OURS: "benchmarks.peer_ours"}  # any other side is TRL
 TRL_MODULE = "benchmarks.peer_trl"
 HEADER = (
-    f"{'':52}{'s/step':>9}{'tokens/s':>10}{'peak GiB':>10}{'ratio':>8}{'least':>7}{'most':>7}{'CPU':>7}"
+    f"{'':68}{'s/step':>9}{'tokens/s':>10}{'peak GiB':>10}{'ratio':>8}{'least':>7}{'most':>7}{'CPU':>7}"
     "  first step's difference"
 )
 
@@ -40,7 +40,6 @@ class PeerCase:
         shape: One of `PEER_SHAPES`.
         task: Ours.
         peers: Other sides.
-        updates: Whether the sides are compared by their first update alone: nothing is timed.
     """
 
     name: str
@@ -94,8 +93,9 @@ def run(cases: Sequence[PeerCase], rounds: int, trl: Path) -> Iterator[BenchRow]
     A row has the median ``seconds`` of a step, learned ``tokens_per_second``, ``peak_bytes`` of the process tree, and
     beside a peer ``ratio``, ours over its tokens per second, of single processes ``cpu_ratio``, the same per second of
     the processor, which other load of the machine does not change, and ``difference`` of the first step.  A ratio is
-    the median of the ratios of all rounds, which ``ratios`` has: the sides of a round run within minutes, and the
-    machine's speed changes from round to round.  The other figures are those of a side's median round.
+    the median of the ratios of all rounds, which ``ratios`` and ``cpu_ratios`` have: the sides of a round run within
+    minutes, and the machine's speed changes from round to round.  The other figures are those of a side's median round,
+    of two the slower.
     """
     for case in cases:
         with tempfile.TemporaryDirectory(prefix="bench_peers_") as name:
@@ -104,7 +104,7 @@ def run(cases: Sequence[PeerCase], rounds: int, trl: Path) -> Iterator[BenchRow]
             write_rows(case.task, folder)
             rows: dict[str, list[BenchRow]] = {who: [] for who in (OURS, *case.peers)}
             for round_number in range(rounds):
-                # Every second round runs in reverse order, so that neither side is always the first.
+                # Every second round runs in reverse order, against a drift of the machine's speed.
                 order = list(rows) if round_number % 2 == 0 else list(reversed(rows))
                 for who in order:
                     rows[who].append(measure(replace(case.task, who=who), folder, trl))
@@ -168,10 +168,12 @@ def compare(ours: Sequence[BenchRow], peer: Sequence[BenchRow], who: str) -> Ben
             ratios = [row[rate] / peer_row[rate] for row, peer_row in zip(ours, peer, strict=True)]
             result[name] = statistics.median(ratios)
             result[f"{name}s"] = ratios
-    pairs = list(zip(ours[0]["loss"], peer[0]["loss"], strict=False))
-    # Micro-batches weigh the same in TRL, however many tokens they learn: row by row another gradient comes of it.
-    if who == PADDING:
-        pairs += zip(ours[0]["norm"], peer[0]["norm"], strict=False)
+    pairs: list[tuple[float, float]] = []
+    for row, peer_row in zip(ours, peer, strict=True):
+        pairs += zip(row["loss"], peer_row["loss"], strict=False)
+        # Micro-batches weigh the same in TRL, however many tokens they learn: row by row another gradient comes of it.
+        if who == PADDING:
+            pairs += zip(row["norm"], peer_row["norm"], strict=False)
     if pairs:
         result["difference"] = max(abs(a - b) / max(abs(a), 1e-2) for a, b in pairs)
         result["void"] = result["difference"] > TOLERANCE
@@ -181,9 +183,9 @@ def compare(ours: Sequence[BenchRow], peer: Sequence[BenchRow], who: str) -> Ben
 def format_row(row: BenchRow) -> str:
     """Return a row as a line below `HEADER`."""
     if "failed" in row:
-        return f"{row['name']:52} failed: {row['failed']}"
+        return f"{row['name']:68} failed: {row['failed']}"
     timed = "seconds" in row
-    line = f"{row['name']:52}"
+    line = f"{row['name']:68}"
     line += f"{row['seconds']:9.3f}{row['tokens_per_second']:10,.0f}" if timed else " " * 19
     line += f"{row['peak_bytes'] / 2**30:10.2f}"
     ratios = (row["ratio"], min(row["ratios"]), max(row["ratios"])) if "ratio" in row else None

@@ -5,6 +5,7 @@ Shapes: T rows of the pack on this rank, N query heads and G key-value heads of 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from ovr_megatron.model import kernels
-from ovr_megatron.model.segments import DocumentGroup, Grouping, Rows, Run, Segments
+from ovr_megatron.model.segments import DocumentGroup, DocumentRun, Grouping, Rows, Segments
 
 
 def rotary_table(angles: Tensor, dtype: torch.dtype = torch.float32, scaling: float = 1.0) -> Tensor:
@@ -113,9 +114,9 @@ class PackedSelfAttention(SelfAttention):
 class PackedDotProductAttention(MegatronModule):
     """Scaled dot-product attention over the documents of a pack, without Transformer Engine.
 
-    Documents of like length are attended as one batch.  Under a causal mask the padding at a document's end is
-    never seen by its real rows, so no mask is ever built.  Under context parallelism keys and values of all ranks
-    are gathered; queries stay where they are.
+    Neighbouring documents of one length are attended as a view of the pack, short ones of like length as one batch.
+    Under a causal mask the padding at a document's end is never seen by its real rows, so no mask is ever built.
+    Under context parallelism keys and values of all ranks are gathered; queries stay where they are.
     """
 
     def __init__(
@@ -161,33 +162,40 @@ class PackedDotProductAttention(MegatronModule):
         if self.cp_group is None and (grouping.prompts or not query_TNH.is_cuda):
             out = _PackAttention.apply(query_TNH, key_TGH, value_TGH, grouping, self.causal, self.scale)
             return out.flatten(1)
-        parts = []
-        for group in grouping.groups:
-            part = self._attend(query_TNH, key_TGH, value_TGH, group)
-            parts.append(part)
-        outputs = torch.cat(parts)
-        return outputs if grouping.inverse is None else outputs[grouping.inverse]
+        return attend_groups(query_TNH, key_TGH, value_TGH, grouping, self.causal, self.scale)
 
-    def _attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        group: DocumentGroup,
-    ) -> Tensor:
+
+def attend_groups(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grouping: Grouping,
+    causal: bool,
+    scale: float | None,
+) -> Tensor:
+    """Return the attention output [T, N * H] of the groups of a pack, each by the kernel that torch chooses.
+
+    Shapes are those of `PackedDotProductAttention`; `Grouping.prompts` are left out.
+    """
+    parts = []
+    for group in grouping.groups:
         out = attend(
             _batch(query, group.queries),
             _batch(key, group.keys),
             _batch(value, group.keys),
-            self.causal,
-            self.scale,
+            causal,
+            scale,
         )
-        return _rows(out).flatten(1)
+        parts.append(_rows(out).flatten(1))
+    if len(parts) == 1 and grouping.inverse is None:
+        return parts[0]
+    outputs = torch.cat(parts)
+    return outputs if grouping.inverse is None else outputs[grouping.inverse]
 
 
 def _batch(x: Tensor, rows: Rows) -> Tensor:
     """Return ``rows`` of ``x`` [T, N, ...] as [B, N, L, ...], of a run as a view."""
-    if isinstance(rows, Run):
+    if isinstance(rows, DocumentRun):
         batched = x[rows.first : rows.end].view(rows.documents, rows.length, *x.shape[1:])
     else:
         batched = x[rows.flatten()].view(*rows.shape, *x.shape[1:])
@@ -201,15 +209,27 @@ def _rows(x: Tensor) -> Tensor:
 
 def _put(out: Tensor, rows: Rows, x: Tensor) -> None:
     """Write ``x`` [B, N, L, ...] to ``rows`` of ``out`` [T, N, ...]."""
-    if isinstance(rows, Run):
+    if isinstance(rows, DocumentRun):
         _batch(out, rows).copy_(x)
     else:
         out.index_copy_(0, rows.flatten(), _rows(x))
 
 
+def _join(parts: Sequence[Tensor], groups: Sequence[DocumentGroup], row_count: int) -> Tensor:
+    """Return the outputs of ``groups``, [B, N, L, ...] each, as the rows [T, N, ...] of the pack."""
+    if len(groups) == 1 and groups[0].padding is None:
+        return _rows(parts[0])
+    # One more row than the pack has: outputs of padding are written there.
+    heads, trailing = parts[0].size(1), parts[0].shape[3:]
+    out = parts[0].new_empty((row_count + 1, heads, *trailing))
+    for part, group in zip(parts, groups, strict=True):
+        _put(out, group.output_rows, part)
+    return out[:row_count]
+
+
 def _add(out: Tensor, rows: Rows, x: Tensor) -> None:
     """Add ``x`` [B, N, L, ...] to ``rows`` of ``out`` [T, N, ...], in which no row is twice."""
-    if isinstance(rows, Run):
+    if isinstance(rows, DocumentRun):
         _batch(out, rows).add_(x)
     else:
         out[rows.flatten()] += _rows(x)
@@ -235,10 +255,8 @@ class _PackAttention(torch.autograd.Function):
         causal: bool,
         scale: float | None,
     ) -> Tensor:
-        row_count, heads, _ = query.shape
-        # One more row than the pack has: outputs of padding are written there.
-        out = query.new_empty((row_count + 1, *query.shape[1:]), dtype=torch.float32)
-        norm = query.new_empty((row_count + 1, heads), dtype=torch.float32)
+        outputs = []
+        norms = []
         for group in grouping.groups:
             group_out, group_norm = _flash(
                 _batch(query, group.queries),
@@ -247,9 +265,10 @@ class _PackAttention(torch.autograd.Function):
                 causal,
                 scale,
             )
-            rows = group.queries if group.outputs is None else group.outputs
-            _put(out, rows, group_out)
-            _put(norm, rows, group_norm)
+            outputs.append(group_out)
+            norms.append(group_norm)
+        out = _join(outputs, grouping.groups, query.size(0))
+        norm = _join(norms, grouping.groups, query.size(0))
         for prompt in grouping.prompts:
             shared_out, shared_norm = _flash(
                 _batch(query, prompt.queries),
@@ -263,8 +282,7 @@ class _PackAttention(torch.autograd.Function):
             merged_out, merged_norm = _merge(own_out, own_norm, shared_out, shared_norm)
             _put(out, prompt.queries, merged_out)
             _put(norm, prompt.queries, merged_norm)
-        out = out[:row_count].to(query.dtype)
-        norm = norm[:row_count]
+        out = out.to(query.dtype)
         ctx.save_for_backward(query, key, value, out, norm)
         ctx.grouping = grouping
         ctx.causal = causal
@@ -275,11 +293,8 @@ class _PackAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         query, key, value, out, norm = ctx.saved_tensors
         grouping = ctx.grouping
-        row_count = query.size(0)
-        # As in the forward pass: one row for padding.
-        d_query = query.new_empty((row_count + 1, *query.shape[1:]))
-        d_key = key.new_empty((row_count + 1, *key.shape[1:]))
-        d_value = value.new_empty((row_count + 1, *value.shape[1:]))
+        grad = grad.contiguous()
+        group_grads = []
         for group in grouping.groups:
             group_norm = _batch(norm, group.queries)
             if group.padding is not None:
@@ -295,9 +310,10 @@ class _PackAttention(torch.autograd.Function):
                 _batch(grad, group.queries),
                 ctx.scale,
             )
-            rows = group.queries if group.outputs is None else group.outputs
-            for total, own_grad in zip((d_query, d_key, d_value), own_grads, strict=True):
-                _put(total, rows, own_grad)
+            group_grads.append(own_grads)
+        # Of query, key and value.
+        totals = [_join(parts, grouping.groups, query.size(0)) for parts in zip(*group_grads, strict=True)]
+        d_query, d_key, d_value = totals
         for prompt in grouping.prompts:
             shared_d_query, shared_d_key, shared_d_value = _flash_backward(
                 _batch(key, prompt.keys),
@@ -312,7 +328,7 @@ class _PackAttention(torch.autograd.Function):
             _add(d_query, prompt.queries, shared_d_query)
             _add(d_key, prompt.keys, shared_d_key)
             _add(d_value, prompt.keys, shared_d_value)
-        return d_query[:row_count], d_key[:row_count], d_value[:row_count], None, None, None
+        return d_query, d_key, d_value, None, None, None
 
 
 def _merge(out: Tensor, norm: Tensor, other_out: Tensor, other_norm: Tensor) -> tuple[Tensor, Tensor]:

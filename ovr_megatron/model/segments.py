@@ -22,13 +22,14 @@ from ovr_megatron.runtime.device import send
 _MIN_FILL = 0.67
 # Documents of a group together hold at most this many tokens: beyond, batching saves nothing.
 _GROUP_TOKENS = 16384
-# From so many rows on, consecutive documents of one length are no part of a padded batch: a view of the pack is their
-# batch.  On a CPU padding and copies of 64 rows cost more than another call; on a GPU a call of its own costs more.
-_RUN_ROWS = {"cpu": 64, "cuda": 1024}
+# Fewest rows of a run; documents of shorter runs are batched by length.  On a CPU padding and copies of 64 rows cost
+# more than another call of the kernel, on a GPU a call costs more.
+_CPU_RUN_ROWS = 64
+_GPU_RUN_ROWS = 1024
 
 
 @dataclass(frozen=True)
-class Run:
+class DocumentRun:
     """Consecutive documents of one length, of which a view of the pack is the batch.
 
     Attributes:
@@ -43,7 +44,7 @@ class Run:
 
     @property
     def end(self) -> int:
-        """Row of the pack behind them."""
+        """First row of the pack after them."""
         return self.first + self.documents * self.length
 
     @property
@@ -53,7 +54,7 @@ class Run:
 
 
 # Rows of a pack as a batch of documents: a run, or the index [B, L] of each row.
-Rows: TypeAlias = Run | Tensor
+Rows: TypeAlias = DocumentRun | Tensor
 
 
 @dataclass
@@ -65,18 +66,23 @@ class DocumentGroup:
 
     Attributes:
         padding: bool [B, L], which queries are padding; None: none.
-        outputs: where there is padding the rows of the outputs: of padding the row behind the pack, else the queries.
+        padded_rows: int64 [B, L], the queries, but for padding the row after the last of the pack; None: no padding.
     """
 
     queries: Rows
     keys: Rows
     padding: Tensor | None = None
-    outputs: Rows | None = None
+    padded_rows: Tensor | None = None
+
+    @property
+    def output_rows(self) -> Rows:
+        """Rows to which the outputs are written, in a buffer of one row more than the pack."""
+        return self.queries if self.padded_rows is None else self.padded_rows
 
     @property
     def index(self) -> Tensor:
         """Rows of the queries [B, L]."""
-        return self.queries.index if isinstance(self.queries, Run) else self.queries
+        return self.queries.index if isinstance(self.queries, DocumentRun) else self.queries
 
     def to(self, device: torch.device, row_count: int) -> DocumentGroup:
         """Return the group of a pack of ``row_count`` rows on ``device``."""
@@ -84,8 +90,8 @@ class DocumentGroup:
         if self.padding is None:
             return DocumentGroup(queries, _send_rows(self.keys, device))
         padding = send(self.padding, device)
-        outputs = send(self.index.masked_fill(self.padding, row_count), device)
-        return DocumentGroup(queries, _send_rows(self.keys, device), padding, outputs)
+        padded_rows = send(self.index.masked_fill(self.padding, row_count), device)
+        return DocumentGroup(queries, _send_rows(self.keys, device), padding, padded_rows)
 
 
 @dataclass(frozen=True)
@@ -97,7 +103,7 @@ class SharedPrompt:
 
 
 def _send_rows(rows: Rows, device: torch.device) -> Rows:
-    return rows if isinstance(rows, Run) else send(rows, device)
+    return rows if isinstance(rows, DocumentRun) else send(rows, device)
 
 
 @dataclass(frozen=True)
@@ -238,7 +244,7 @@ class Segments(PackedSeqParams):
             prefixes = self.prefixes or [(0, 0)] * len(widths)
             groups = _chunk_groups(starts, widths, prefixes, *self.share)
         else:
-            runs, others = _split_runs(starts, _RUN_ROWS[device.type])
+            runs, others = _split_runs(starts, _CPU_RUN_ROWS if device.type == "cpu" else _GPU_RUN_ROWS)
             groups = [DocumentGroup(run, run) for run in runs]
             other_widths = [widths[i] for i in others]
             for members in _group_by_length(other_widths, [0] * len(others), self.exact):
@@ -256,10 +262,10 @@ def _row_counts(starts: Sequence[int]) -> list[int]:
     return [end - start for start, end in pairwise(starts)]
 
 
-def _split_runs(starts: Sequence[int], least_rows: int) -> tuple[list[Run], list[int]]:
+def _split_runs(starts: Sequence[int], least_rows: int) -> tuple[list[DocumentRun], list[int]]:
     """Return the runs of at least ``least_rows`` rows, and the documents in no such run.
 
-    A run that is the whole pack is one in any case.
+    Documents of one length that fill the pack are always a run.
     """
     widths = _row_counts(starts)
     runs = []
@@ -267,7 +273,7 @@ def _split_runs(starts: Sequence[int], least_rows: int) -> tuple[list[Run], list
     document = 0
     for length, members in groupby(widths):
         documents = len(list(members))
-        run = Run(starts[document], documents, length)
+        run = DocumentRun(starts[document], documents, length)
         if documents * length >= least_rows or documents == len(widths):
             runs.append(run)
         else:
@@ -305,9 +311,9 @@ def _shared_prompts(starts: Sequence[int], prefixes: Sequence[tuple[int, int]]) 
     prompts = []
     for (first, count), rows in rows_of_prompt.items():
         index = torch.cat(rows)[None]
-        run = Run(int(index[0, 0]), 1, index.numel())
+        run = DocumentRun(int(index[0, 0]), 1, index.numel())
         queries = run if torch.equal(run.index, index) else index
-        prompts.append(SharedPrompt(queries, Run(first, 1, count)))
+        prompts.append(SharedPrompt(queries, DocumentRun(first, 1, count)))
     return prompts
 
 
