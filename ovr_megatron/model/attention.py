@@ -220,8 +220,10 @@ def _join(parts: Sequence[Tensor], groups: Sequence[DocumentGroup], row_count: i
     if len(groups) == 1 and groups[0].padding is None:
         return _rows(parts[0])
     # One more row than the pack has: outputs of padding are written there.
-    heads, trailing = parts[0].size(1), parts[0].shape[3:]
-    out = parts[0].new_empty((row_count + 1, heads, *trailing))
+    first = parts[0]
+    heads = first.size(1)
+    trailing = first.shape[3:]
+    out = first.new_empty((row_count + 1, heads, *trailing))
     for part, group in zip(parts, groups, strict=True):
         _put(out, group.output_rows, part)
     return out[:row_count]
@@ -311,9 +313,11 @@ class _PackAttention(torch.autograd.Function):
                 ctx.scale,
             )
             group_grads.append(own_grads)
-        # Of query, key and value.
-        totals = [_join(parts, grouping.groups, query.size(0)) for parts in zip(*group_grads, strict=True)]
-        d_query, d_key, d_value = totals
+        query_parts, key_parts, value_parts = zip(*group_grads, strict=True)
+        row_count = query.size(0)
+        d_query = _join(query_parts, grouping.groups, row_count)
+        d_key = _join(key_parts, grouping.groups, row_count)
+        d_value = _join(value_parts, grouping.groups, row_count)
         for prompt in grouping.prompts:
             shared_d_query, shared_d_key, shared_d_value = _flash_backward(
                 _batch(key, prompt.keys),

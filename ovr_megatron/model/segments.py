@@ -244,7 +244,10 @@ class Segments(PackedSeqParams):
             prefixes = self.prefixes or [(0, 0)] * len(widths)
             groups = _chunk_groups(starts, widths, prefixes, *self.share)
         else:
-            runs, others = _split_runs(starts, _CPU_RUN_ROWS if device.type == "cpu" else _GPU_RUN_ROWS)
+            least_rows = _CPU_RUN_ROWS
+            if device.type != "cpu":
+                least_rows = _GPU_RUN_ROWS
+            runs, others = _split_runs(starts, least_rows)
             groups = [DocumentGroup(run, run) for run in runs]
             other_widths = [widths[i] for i in others]
             for members in _group_by_length(other_widths, [0] * len(others), self.exact):
@@ -311,7 +314,9 @@ def _shared_prompts(starts: Sequence[int], prefixes: Sequence[tuple[int, int]]) 
     prompts = []
     for (first, count), rows in rows_of_prompt.items():
         index = torch.cat(rows)[None]
-        run = DocumentRun(int(index[0, 0]), 1, index.numel())
+        first_query = int(index[0, 0])
+        query_count = index.numel()
+        run = DocumentRun(first_query, 1, query_count)
         queries = run if torch.equal(run.index, index) else index
         prompts.append(SharedPrompt(queries, DocumentRun(first, 1, count)))
     return prompts
