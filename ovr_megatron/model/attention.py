@@ -18,7 +18,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from ovr_megatron.model import kernels
-from ovr_megatron.model.segments import DocumentGroup, DocumentRun, Grouping, Rows, Segments
+from ovr_megatron.model.segments import DocumentGroup, DocumentRun, Grouping, Rows, Segments, SharedPrompt
 
 
 def rotary_table(angles: Tensor, dtype: torch.dtype = torch.float32, scaling: float = 1.0) -> Tensor:
@@ -179,13 +179,8 @@ def attend_groups(
     """
     parts = []
     for group in grouping.groups:
-        out = attend(
-            _batch(query, group.queries),
-            _batch(key, group.keys),
-            _batch(value, group.keys),
-            causal,
-            scale,
-        )
+        batches = _batches(query, key, value, group)
+        out = attend(*batches, causal, scale)
         parts.append(_rows(out).flatten(1))
     if len(parts) == 1 and grouping.inverse is None:
         return parts[0]
@@ -200,6 +195,19 @@ def _batch(x: Tensor, rows: Rows) -> Tensor:
     else:
         batched = x[rows.flatten()].view(*rows.shape, *x.shape[1:])
     return batched.transpose(1, 2)
+
+
+def _batches(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    group: DocumentGroup | SharedPrompt,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the queries, keys and values of a group or of a shared prompt, as `_batch` does."""
+    queries = _batch(query, group.queries)
+    keys = _batch(key, group.keys)
+    values = _batch(value, group.keys)
+    return queries, keys, values
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -260,25 +268,15 @@ class _PackAttention(torch.autograd.Function):
         outputs = []
         norms = []
         for group in grouping.groups:
-            group_out, group_norm = _flash(
-                _batch(query, group.queries),
-                _batch(key, group.keys),
-                _batch(value, group.keys),
-                causal,
-                scale,
-            )
+            batches = _batches(query, key, value, group)
+            group_out, group_norm = _flash(*batches, causal, scale)
             outputs.append(group_out)
             norms.append(group_norm)
         out = _join(outputs, grouping.groups, query.size(0))
         norm = _join(norms, grouping.groups, query.size(0))
         for prompt in grouping.prompts:
-            shared_out, shared_norm = _flash(
-                _batch(query, prompt.queries),
-                _batch(key, prompt.keys),
-                _batch(value, prompt.keys),
-                False,
-                scale,
-            )
+            batches = _batches(query, key, value, prompt)
+            shared_out, shared_norm = _flash(*batches, False, scale)
             own_out = _batch(out, prompt.queries)
             own_norm = _batch(norm, prompt.queries)
             merged_out, merged_norm = _merge(own_out, own_norm, shared_out, shared_norm)
