@@ -362,14 +362,18 @@ def _inverse(groups: Sequence[DocumentGroup]) -> Tensor | None:
     indices = []
     paddings = []
     for group in groups:
-        index = group.index.flatten()
-        indices.append(index)
-        paddings.append(torch.zeros_like(index, dtype=torch.bool) if group.padding is None else group.padding.flatten())
+        index = group.index
+        padding = group.padding
+        if padding is None:
+            padding = torch.zeros_like(index, dtype=torch.bool)
+        indices.append(index.flatten())
+        paddings.append(padding.flatten())
     rows = torch.cat(indices)
     outputs = (~torch.cat(paddings)).nonzero()[:, 0]
     inverse = torch.empty(len(outputs), dtype=torch.int64)
     inverse[rows[outputs]] = outputs
-    return None if torch.equal(inverse, torch.arange(len(rows))) else inverse
+    identity = torch.arange(len(rows))
+    return None if torch.equal(inverse, identity) else inverse
 
 
 def _group_by_length(lengths: Sequence[int], prefix_counts: Sequence[int], exact: bool) -> list[list[int]]:
